@@ -1,0 +1,43 @@
+# The two commands are `make demo` and `make test`; the first call of either sets everything up.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test lint bench screenshots clean
+
+demo: $(READY)
+	$(BIN)/lorasmith demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY) build/typing/lorasmith
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY)
+	$(BIN)/python benchmarks/run_all.py
+
+screenshots: $(READY)
+	$(BIN)/python screenshots/make.py
+
+# torch first and at its pin: a range would take the newest build with every CUDA package.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lorasmith needs Python 3.11 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $(READY)
+
+# Type checkers cannot follow the import hook of an editable install: a tree of links shows them the package names.
+build/typing/lorasmith:
+	mkdir -p $@
+	ln -sfn ../../../engine $@/engine
+	ln -sfn ../../../tui $@/tui
+	ln -sfn ../../../presets $@/presets
+
+clean:
+	rm -rf .venv build dist

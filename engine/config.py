@@ -1,0 +1,248 @@
+"""The whole run as typed, bounded, documented settings: the one place where a setting is declared.
+
+A field's type, bounds, default and `description` are what the wizard's form, `--set key=value`, the commented TOML
+file and the error messages are made of. Strict: "False" is not a boolean and 3.0 is not a whole number.
+Values come in layers (defaults < preset < tier < goal < run file < --set or form); `engine.run_file` reads, merges and
+writes them and knows every value's origin.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+CONFIG_VERSION = 1
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1, le=10_000_000)]
+Rate = Annotated[float, Field(gt=0.0, le=10.0)]
+
+
+class Section(BaseModel):
+    """A table of the run file: unknown keys are refused, values are never converted from strings."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, use_attribute_docstrings=True)
+
+
+class RunSettings(Section):
+    """Where the run lives."""
+
+    name: Annotated[str, Field(min_length=1, max_length=100)] = "my-lora"
+    """Name of the run and of the LoRA file."""
+    output_folder: Annotated[str, Field(min_length=1)] = "runs"
+    """Folder in which the run folder is made; relative to the current folder."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
+    """Every random choice of the run follows from this number."""
+
+
+class BaseSettings(Section):
+    """Which model the LoRA is trained for."""
+
+    model: str = ""
+    """A Hub id such as `stable-diffusion-v1-5/stable-diffusion-v1-5`, a diffusers folder, one `.safetensors` file, or
+    `demo` for the embedded base model."""
+    family: str = "auto"
+    """The base model family; `auto` recognises it from the files."""
+    revision: str = "main"
+    """Branch, tag or commit on the Hub."""
+    prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    """What the denoiser predicts; `auto` takes it from the model's own files."""
+
+
+class DatasetSettings(Section):
+    """The pictures."""
+
+    folder: str = ""
+    """Folder with the pictures and their captions; it is only read, never written to. Sub-folders named `10_name`
+    repeat their pictures 10 times an epoch."""
+    regularization_folder: str = ""
+    """Folder with ordinary pictures of the same class, captioned without the trigger, that keep the LoRA from changing
+    prompts without it. Empty: none."""
+    resolution: Annotated[int, Field(ge=64, le=2048, multiple_of=64)] = 512
+    """Training resolution in pixels: pictures are scaled to about this many pixels squared."""
+    buckets: bool = True
+    """Keep aspect ratios by sorting pictures into buckets; off: crop all pictures to squares."""
+    bucket_step: Annotated[int, Field(ge=8, le=256, multiple_of=8)] = 64
+    """Bucket sides are multiples of this many pixels."""
+    repeats: Annotated[int, Field(ge=1, le=1000)] = 1
+    """How often each picture is seen in an epoch, on top of a folder's own repeats."""
+    flip: bool = False
+    """Also train on mirrored pictures; wrong for faces, text and anything with a left and a right."""
+    missing_captions: Literal["ask", "trigger", "exclude"] = "ask"
+    """What to do with pictures that have no caption: stop and ask, use the trigger alone, or leave them out."""
+    alpha_background: Literal["white", "gray", "black"] = "white"
+    """What shows through transparent pictures."""
+
+
+class CaptionSettings(Section):
+    """What the text encoder reads."""
+
+    trigger: str = ""
+    """The word that calls the LoRA; put once and first in every caption. A rare word of letters works best."""
+    shuffle: bool = False
+    """Shuffle the comma-separated tags after the kept ones, anew each time."""
+    keep_tokens: Annotated[int, Field(ge=0, le=100)] = 1
+    """How many tags at the start stay in place when shuffling; the trigger always does."""
+    dropout: Probability = 0.0
+    """Share of captions replaced by the trigger alone, so that the trigger learns what captions leave out."""
+
+
+class AdapterSettings(Section):
+    """The LoRA itself."""
+
+    kind: Literal["lora", "locon"] = "lora"
+    """`lora` adapts linear layers; `locon` also convolutions, for textures and styles."""
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Size of the LoRA: more can hold more and overfits sooner."""
+    alpha: Annotated[float, Field(gt=0.0, le=4096.0)] = 16.0
+    """Strength: the change is scaled by alpha / rank."""
+    conv_rank: Annotated[int, Field(ge=1, le=1024)] = 8
+    """Rank of the convolution layers (`locon` only)."""
+    conv_alpha: Annotated[float, Field(gt=0.0, le=4096.0)] = 8.0
+    """Alpha of the convolution layers (`locon` only)."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of LoRA inputs dropped in training."""
+    targets: Literal["attention", "attention-mlp"] = "attention"
+    """Which layers are adapted: attention only, or attention and the feed-forward layers."""
+    text_encoder: bool = False
+    """Train the text encoder too; costs memory, since prompts cannot be cached."""
+    text_encoder_learning_rate: Rate = 5e-5
+    """Learning rate of the text encoder's LoRA."""
+
+
+class OptimizerSettings(Section):
+    """How weights are updated."""
+
+    name: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "lion"] = "adamw"
+    """`adamw8bit` saves memory; `prodigy` finds its own learning rate (set learning_rate to 1)."""
+    learning_rate: Rate = 1e-4
+    """Step size at the top of the schedule."""
+    weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
+    """How strongly weights are pulled to zero."""
+    lora_plus_ratio: Annotated[float, Field(ge=1.0, le=64.0)] = 1.0
+    """LoRA+: learning rate of the up matrices over that of the down matrices (Hayou et al., arXiv:2402.12354); 1: off."""
+    max_grad_norm: Annotated[float, Field(ge=0.0, le=100.0)] = 1.0
+    """Gradients longer than this are shortened to it; 0: never."""
+
+
+class ScheduleSettings(Section):
+    """How the learning rate changes over the run."""
+
+    name: Literal["constant", "linear", "cosine", "cosine_restarts"] = "constant"
+    """Shape after the warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Steps over which the learning rate rises from zero."""
+    restarts: Annotated[int, Field(ge=1, le=100)] = 3
+    """Number of cosine periods (`cosine_restarts` only)."""
+
+
+class ObjectiveSettings(Section):
+    """What the denoiser learns from each noisy picture."""
+
+    min_snr_gamma: Annotated[float, Field(ge=0.0, le=50.0)] = 0.0
+    """Min-SNR weighting (Hang et al., arXiv:2303.09556), usually 5; 0: off."""
+    noise_offset: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Adds a constant to each channel's noise so that very dark and bright pictures are learnt; 0: off."""
+    prior_weight: Annotated[float, Field(ge=0.0, le=10.0)] = 1.0
+    """Weight of regularization pictures in the loss."""
+
+
+class TrainSettings(Section):
+    """The loop."""
+
+    steps: Count = 1000
+    """Optimizer steps in the whole run."""
+    batch_size: Annotated[int, Field(ge=1, le=256)] = 1
+    """Pictures in memory at once."""
+    gradient_accumulation: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Batches added up before each optimizer step: the same effect as a larger batch, without its memory."""
+    gradient_checkpointing: bool = False
+    """Save memory by computing activations twice; about a third slower."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format of the frozen weights and the computation; the LoRA itself is always kept in fp32."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, or a GPU's UUID as `lorasmith doctor` lists it."""
+    log_every: Annotated[int, Field(ge=1, le=1000)] = 10
+    """Steps between two readings of the loss; reading waits for the GPU, so not every step."""
+
+
+class CheckpointSettings(Section):
+    """Saves from which a run resumes exactly."""
+
+    every: Annotated[int, Field(ge=0, le=1_000_000)] = 250
+    """Steps between checkpoints; 0: only at the end or on request."""
+    keep: Annotated[int, Field(ge=1, le=1000)] = 3
+    """How many of the newest checkpoints stay."""
+
+
+class PreviewSettings(Section):
+    """Pictures drawn during training."""
+
+    every: Annotated[int, Field(ge=0, le=1_000_000)] = 250
+    """Steps between previews; 0: none. Always after a checkpoint was saved."""
+    prompts: list[Annotated[str, Field(max_length=2000)]] = []
+    """What to draw; `[trigger]` stands for the trigger word. Empty: the trigger with the first caption, and that
+    caption without it."""
+    negative_prompt: str = ""
+    """What not to draw."""
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=64)] = [1]
+    """Each prompt is drawn once for each seed; the same seeds each time make pictures comparable."""
+    steps: Annotated[int, Field(ge=1, le=200)] = 20
+    """Denoising steps of each picture."""
+    guidance: Annotated[float, Field(ge=0.0, le=30.0)] = 7.0
+    """How strictly the prompt is followed (classifier-free guidance)."""
+    side: Annotated[int, Field(ge=0, le=2048, multiple_of=8)] = 0
+    """Side of the square pictures in pixels; 0: the training resolution."""
+
+
+class ExportSettings(Section):
+    """The shareable file."""
+
+    layouts: Annotated[list[Literal["kohya", "diffusers"]], Field(min_length=1)] = ["kohya"]
+    """`kohya` loads in ComfyUI, A1111, Forge and diffusers; `diffusers` in diffusers only."""
+    precision: Literal["fp32", "fp16", "bf16"] = "fp16"
+    """Number format of the file."""
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    version: Literal[1] = CONFIG_VERSION
+    """Version of this file's format."""
+    run: RunSettings = RunSettings()
+    base: BaseSettings = BaseSettings()
+    dataset: DatasetSettings = DatasetSettings()
+    captions: CaptionSettings = CaptionSettings()
+    adapter: AdapterSettings = AdapterSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    train: TrainSettings = TrainSettings()
+    checkpoints: CheckpointSettings = CheckpointSettings()
+    previews: PreviewSettings = PreviewSettings()
+    export: ExportSettings = ExportSettings()
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> RunConfig:
+        problems = contradictions(self)
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def contradictions(config: RunConfig) -> list[str]:
+    """Return one sentence, with its fix, for each pair of settings that cannot both hold."""
+    problems = []
+    prodigy = config.optimizer.name == "prodigy"
+    if prodigy and config.optimizer.learning_rate != 1.0:
+        problems.append("optimizer.learning_rate must be 1.0 with optimizer.name = prodigy, which finds the rate itself")
+    if prodigy and config.optimizer.lora_plus_ratio != 1.0:
+        problems.append("optimizer.lora_plus_ratio must be 1.0 with prodigy, which needs one rate for all weights")
+    if config.schedule.warmup_steps >= config.train.steps:
+        problems.append("schedule.warmup_steps must be smaller than train.steps, or the full rate is never reached")
+    if config.captions.trigger and not config.captions.trigger.strip():
+        problems.append("captions.trigger is blank; give a word such as zqx, or remove the setting")
+    if "," in config.captions.trigger:
+        problems.append("captions.trigger must not contain a comma, since commas separate tags")
+    return problems

@@ -1,0 +1,212 @@
+"""Everything that the engine says, as small immutable records.
+
+An event is written to the journal as one JSON line before anyone sees it. The screen is a fold over these records
+(`tui.state.reduce`), so an event holds all that a viewer needs and nothing that only this process knows.
+Times are seconds since the epoch (UTC); `step` counts finished optimizer steps, so the first step is 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+SCHEMA_VERSION = 1
+
+Stage = Literal["load", "scan", "cache", "train", "finish"]
+Outcome = Literal["finished", "stopped", "failed"]
+Severity = Literal["info", "warning", "error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What all events share: the wall-clock time at which it happened."""
+
+    time: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStarted(Event):
+    """A process began to work on the run; a resumed run has several of these.
+
+    `config` is the whole run configuration as nested plain values, `versions` maps package names to versions.
+    """
+
+    run: str
+    total_steps: int
+    resumed_from: int
+    config: dict[str, Any]
+    versions: dict[str, str]
+    device: str
+    schema: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageChanged(Event):
+    """The run entered a stage."""
+
+    stage: Stage
+    label: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress(Event):
+    """How far a stage other than training is: `done` of `total` things, e.g. pictures encoded."""
+
+    stage: Stage
+    label: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetReady(Event):
+    """The dataset as it will be trained: counts and buckets, {"64x64": images}."""
+
+    images: int
+    refused: int
+    regularization: int
+    buckets: dict[str, int]
+    steps_per_epoch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepsDone(Event):
+    """Optimizer steps finished since the last such event; `losses[-1]` belongs to `step`.
+
+    The loss of each step is the mean over its micro-batches. `seconds_per_step` is measured over these steps, pauses,
+    saves and previews left out. `learning_rate` is the first parameter group's, `grad_norm` before clipping.
+    """
+
+    step: int
+    epoch: int
+    losses: list[float]
+    learning_rate: float
+    grad_norm: float
+    seconds_per_step: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSaved(Event):
+    """A resumable checkpoint was written and verified."""
+
+    step: int
+    path: str
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointPruned(Event):
+    """An old checkpoint was removed because of keep-last-N."""
+
+    step: int
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewReady(Event):
+    """One preview picture was written; `line` reproduces it elsewhere."""
+
+    step: int
+    prompt: str
+    seed: int
+    path: str
+    line: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportDone(Event):
+    """A shareable LoRA file was written and proved by loading it."""
+
+    step: int
+    path: str
+    layout: str
+    keys: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paused(Event):
+    """Training waits for a command."""
+
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed(Event):
+    """Training goes on after a pause."""
+
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandReceived(Event):
+    """A command of the user was taken up."""
+
+    command: str
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareSampled(Event):
+    """Gauges, about once a second; None where a value cannot be had. Sizes in GiB.
+
+    `note` says in words what is missing, e.g. "no NVIDIA driver" or "GPU lost at 12:31".
+    """
+
+    vram_used_gib: float | None
+    vram_total_gib: float | None
+    gpu_utilization_percent: float | None
+    temperature_c: float | None
+    power_w: float | None
+    ram_used_gib: float
+    ram_total_gib: float
+    process_ram_gib: float
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logged(Event):
+    """One line for the log, maybe with foreign text in it."""
+
+    severity: Severity
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEnded(Event):
+    """The process left the run; `message`, `why` and `fix` say how it ended in words."""
+
+    outcome: Outcome
+    step: int
+    message: str
+    why: str = ""
+    fix: str = ""
+    exit_code: int = 0
+
+
+def _event_types(root: type[Event]) -> dict[str, type[Event]]:
+    found = {root.__name__: root}
+    for subclass in root.__subclasses__():
+        found |= _event_types(subclass)
+    return found
+
+
+def to_record(event: Event) -> dict[str, Any]:
+    """Return `event` as a JSON-ready dictionary with its type under `event`."""
+    # Not dataclasses.asdict: it deep-copies, which costs more than the write to the journal.
+    return {"event": type(event).__name__} | {f.name: getattr(event, f.name) for f in dataclasses.fields(event)}
+
+
+def from_record(record: dict[str, Any]) -> Event | None:
+    """Return the event that `record` holds, or None for a type of a newer version.
+
+    Raises TypeError where a known type lacks a field.
+    """
+    kind = _event_types(Event).get(str(record.get("event")))
+    if kind is None:
+        return None
+    known = {f.name for f in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in record.items() if name in known})
