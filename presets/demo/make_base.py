@@ -36,8 +36,8 @@ from .tokenizer import MAX_TOKENS, build_tokenizer
 
 VARIANTS = 12
 """Encoded pictures a scene."""
-HELD_OUT_EVERY = 20
-"""Every 20th scene is never drawn for the denoiser; its prompt is what `judge` asks."""
+HELD_OUT = 60
+"""Scenes, chosen by lot, that are never drawn for the denoiser; their prompts are what `judge` asks."""
 VAE_CROP = 32
 SAVE_SECONDS = 60
 EMA_DECAY = 0.999
@@ -108,7 +108,7 @@ def scheduler_config() -> dict[str, Any]:
 
 def held_out_scenes() -> list[Scene]:
     """Return the scenes that the denoiser never sees."""
-    return list(all_scenes())[7::HELD_OUT_EVERY]
+    return Random("held out").sample(list(all_scenes()), HELD_OUT)
 
 
 def training_scenes() -> list[Scene]:
