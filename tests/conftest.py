@@ -1,0 +1,55 @@
+"""What all tests share: no network, no user cache, quiet libraries, and the tiny models built once a session."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# bitsandbytes complains on stderr at its first import on a CPU, transformers and diffusers about what they lack.
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["DIFFUSERS_VERBOSITY"] = "error"
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# Set before any module reads it; each test then gets a folder of its own.
+os.environ["LORASMITH_CACHE"] = tempfile.mkdtemp(prefix="lorasmith-test-cache-")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORASMITH_CACHE", str(tmp_path / "lorasmith-cache"))
+
+
+@pytest.fixture(autouse=True)
+def _pilot_waits_for_its_own_thread() -> None:
+    # Pilot takes the process's CPU time for the app's: with a busy engine thread every key press would take 2 s.
+    wait = sys.modules.get("textual._wait")
+    if wait is not None:
+        wait.process_time = time.thread_time  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="session")
+def tiny_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion 1.x folder (epsilon), shared by the whole session: read only."""
+    from tests.tiny import build_tiny_sd15
+
+    return build_tiny_sd15(tmp_path_factory.mktemp("base") / "tiny-sd15")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd15_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with v-prediction, zero terminal SNR and linear projections, as Stable Diffusion 2.x has them."""
+    from tests.tiny import build_tiny_sd15
+
+    return build_tiny_sd15(
+        tmp_path_factory.mktemp("base") / "tiny-sd15-v", "v_prediction", zero_snr=True, linear_projection=True
+    )
