@@ -1,0 +1,320 @@
+"""What the monitor knows about a run: a pure fold over the engine's events, free of textual and of torch.
+
+`state = reduce(state, event)` is the only way the monitor changes, so that a live view, an old run and a screenshot
+show the same: the state after a live run equals the state replayed from its journal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from lorasmith.engine import events
+
+Floats = npt.NDArray[np.float64]
+EventT = TypeVar("EventT", bound=events.Event)
+
+LOG_LINES = 500
+SPEED_WINDOW_STEPS = 200
+FIRST_CAPACITY = 256
+
+
+class _Buffer:
+    """Storage that several curves share; `filled` values at its start belong to the longest of them."""
+
+    def __init__(self, values: Floats, filled: int) -> None:
+        self.values = values
+        self.filled = filled
+
+
+class Curve:
+    """One immutable number per finished step: value `i` belongs to step `i + 1`, NaN where none is known.
+
+    Extending costs amortized O(new values): the new curve shares the old one's buffer, which grows by doubling. A curve
+    that is extended a second time copies, so no curve ever changes under its holder.
+    """
+
+    def __init__(self, values: Iterable[float] = ()) -> None:
+        """Hold `values`, the first one for step 1."""
+        array = np.asarray(list(values), dtype=np.float64)
+        self._buffer = _Buffer(array, len(array))
+        self._length = len(array)
+
+    def __len__(self) -> int:
+        """Return the last step that has a value or a gap."""
+        return self._length
+
+    def __eq__(self, other: object) -> bool:
+        """Say whether both hold the same values, NaN equal to NaN."""
+        return isinstance(other, Curve) and np.array_equal(self.values, other.values, equal_nan=True)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def values(self) -> Floats:
+        """The values as a read-only view, shape (steps,)."""
+        view = self._buffer.values[: self._length]
+        view.flags.writeable = False
+        return view
+
+    def cut(self, length: int) -> Curve:
+        """Return the curve of the first `length` steps."""
+        return self if length >= self._length else self._share(self._buffer, max(0, length))
+
+    def put(self, last_step: int, values: Iterable[float]) -> Curve:
+        """Return the curve with `values` for the steps that end at `last_step`; later steps are dropped."""
+        new = np.asarray(list(values), dtype=np.float64)
+        first = max(0, last_step - len(new))
+        length = first + len(new)
+        kept = min(self._length, first)
+        buffer = self._buffer
+        if buffer.filled > kept or length > len(buffer.values):
+            grown = np.full(max(FIRST_CAPACITY, length if length <= len(buffer.values) else 2 * length), np.nan)
+            grown[:kept] = buffer.values[:kept]
+            buffer = _Buffer(grown, kept)
+        buffer.values[kept:first] = np.nan
+        buffer.values[first:length] = new
+        buffer.filled = length
+        return self._share(buffer, length)
+
+    @staticmethod
+    def _share(buffer: _Buffer, length: int) -> Curve:
+        curve = Curve.__new__(Curve)
+        curve._buffer = buffer
+        curve._length = length
+        return curve
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """One line of the log; `message` may hold foreign text."""
+
+    time: float
+    severity: events.Severity
+    message: str
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Everything the monitor shows; times are seconds since the epoch, sizes GiB."""
+
+    run: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    device: str = ""
+    total_steps: int = 0
+    resumed_from: int = 0
+    started_at: float = 0.0
+    last_event_at: float = 0.0
+    stage: events.Stage | None = None
+    stage_label: str = ""
+    stage_since: float = 0.0
+    progress: events.Progress | None = None
+    dataset: events.DatasetReady | None = None
+    step: int = 0
+    epoch: int = 0
+    losses: Curve = field(default_factory=Curve)
+    learning_rate: float = math.nan
+    grad_norm: float = math.nan
+    paces: tuple[tuple[int, float], ...] = ()
+    """The newest measurements as (steps, seconds per step)."""
+    hardware: events.HardwareSampled | None = None
+    vram_peak_gib: float = 0.0
+    logs: tuple[LogLine, ...] = ()
+    previews: tuple[events.PreviewReady, ...] = ()
+    checkpoints: tuple[events.CheckpointSaved, ...] = ()
+    exports: tuple[events.ExportDone, ...] = ()
+    paused: bool = False
+    stopping: bool = False
+    ended: events.RunEnded | None = None
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Mean over the last steps, or NaN before the first."""
+        steps = sum(count for count, _ in self.paces)
+        return sum(count * seconds for count, seconds in self.paces) / steps if steps else math.nan
+
+    @property
+    def eta_seconds(self) -> float:
+        """Training time that is left at the present speed, pauses and previews left out; NaN before the first step."""
+        return max(0, self.total_steps - self.step) * self.seconds_per_step
+
+    @property
+    def fraction(self) -> float:
+        """Share of the run's steps that are done, 0 to 1."""
+        return min(1.0, self.step / self.total_steps) if self.total_steps else 0.0
+
+    @property
+    def num_invalid_losses(self) -> int:
+        """How many steps up to now have a loss that is not finite, left-out steps included."""
+        return int(np.count_nonzero(~np.isfinite(self.losses.values)))
+
+
+def reduce(state: RunState, event: events.Event) -> RunState:
+    """Return the state after `event`; an event of an unknown kind only moves the clock."""
+    change = _CHANGES.get(type(event))
+    changes = change(state, event) if change else {}
+    line = _log_line(event)
+    if line:
+        changes["logs"] = (*state.logs[1 - LOG_LINES :], line)
+    return dataclasses.replace(state, last_event_at=event.time, **changes)
+
+
+Changes = dict[str, Any]
+_CHANGES: dict[type[events.Event], Callable[[RunState, Any], Changes]] = {}
+
+
+def _on(kind: type[EventT]) -> Callable[[Callable[[RunState, EventT], Changes]], Callable[[RunState, EventT], Changes]]:
+    def register(change: Callable[[RunState, EventT], Changes]) -> Callable[[RunState, EventT], Changes]:
+        _CHANGES[kind] = change
+        return change
+
+    return register
+
+
+@_on(events.RunStarted)
+def _started(state: RunState, event: events.RunStarted) -> Changes:
+    # A resumed run repeats what came after its checkpoint: the curve and the lists go back to that step.
+    return {
+        "run": event.run,
+        "config": event.config,
+        "versions": event.versions,
+        "device": event.device,
+        "total_steps": event.total_steps,
+        "resumed_from": event.resumed_from,
+        "started_at": event.time,
+        "stage": None,
+        "stage_label": "",
+        "stage_since": event.time,
+        "progress": None,
+        "step": event.resumed_from,
+        "losses": state.losses.cut(event.resumed_from),
+        "paces": (),
+        "previews": tuple(item for item in state.previews if item.step <= event.resumed_from),
+        "checkpoints": tuple(item for item in state.checkpoints if item.step <= event.resumed_from),
+        "exports": tuple(item for item in state.exports if item.step <= event.resumed_from),
+        "paused": False,
+        "stopping": False,
+        "ended": None,
+    }
+
+
+@_on(events.StageChanged)
+def _stage(state: RunState, event: events.StageChanged) -> Changes:
+    return {"stage": event.stage, "stage_label": event.label, "stage_since": event.time, "progress": None}
+
+
+@_on(events.Progress)
+def _progress(state: RunState, event: events.Progress) -> Changes:
+    return {"progress": event}
+
+
+@_on(events.DatasetReady)
+def _dataset(state: RunState, event: events.DatasetReady) -> Changes:
+    return {"dataset": event}
+
+
+@_on(events.StepsDone)
+def _steps(state: RunState, event: events.StepsDone) -> Changes:
+    paces = (*state.paces, (max(1, len(event.losses)), event.seconds_per_step))
+    while len(paces) > 1 and sum(count for count, _ in paces[1:]) >= SPEED_WINDOW_STEPS:
+        paces = paces[1:]
+    return {
+        "step": event.step,
+        "epoch": event.epoch,
+        "losses": state.losses.put(event.step, event.losses),
+        "learning_rate": event.learning_rate,
+        "grad_norm": event.grad_norm,
+        "paces": paces[-SPEED_WINDOW_STEPS:],
+    }
+
+
+@_on(events.HardwareSampled)
+def _hardware(state: RunState, event: events.HardwareSampled) -> Changes:
+    return {"hardware": event, "vram_peak_gib": max(state.vram_peak_gib, event.vram_used_gib or 0.0)}
+
+
+@_on(events.PreviewReady)
+def _preview(state: RunState, event: events.PreviewReady) -> Changes:
+    return {"previews": (*(item for item in state.previews if item.path != event.path), event)}
+
+
+@_on(events.CheckpointSaved)
+def _checkpoint(state: RunState, event: events.CheckpointSaved) -> Changes:
+    return {"checkpoints": (*(item for item in state.checkpoints if item.step != event.step), event)}
+
+
+@_on(events.CheckpointPruned)
+def _pruned(state: RunState, event: events.CheckpointPruned) -> Changes:
+    return {"checkpoints": tuple(item for item in state.checkpoints if item.step != event.step)}
+
+
+@_on(events.ExportDone)
+def _export(state: RunState, event: events.ExportDone) -> Changes:
+    return {"exports": (*(item for item in state.exports if item.path != event.path), event)}
+
+
+@_on(events.Paused)
+def _paused(state: RunState, event: events.Paused) -> Changes:
+    return {"paused": True}
+
+
+@_on(events.Resumed)
+def _resumed(state: RunState, event: events.Resumed) -> Changes:
+    return {"paused": False}
+
+
+@_on(events.CommandReceived)
+def _command(state: RunState, event: events.CommandReceived) -> Changes:
+    return {"stopping": True} if event.command == "stop" else {}
+
+
+@_on(events.RunEnded)
+def _ended(state: RunState, event: events.RunEnded) -> Changes:
+    return {"ended": event, "paused": False, "stopping": False}
+
+
+def describe_event(event: events.Event) -> str:
+    """Return the event as one plain line for a log, or "" for what a log leaves out (steps, gauges, progress)."""
+    match event:
+        case events.RunStarted(resumed_from=0):
+            return f"Run {event.run} started on {event.device}, {event.total_steps} steps"
+        case events.RunStarted():
+            return f"Run {event.run} resumed at step {event.resumed_from} of {event.total_steps} on {event.device}"
+        case events.StageChanged():
+            return event.label
+        case events.DatasetReady():
+            return f"{event.images} pictures, {event.refused} refused, {event.regularization} regularization pictures"
+        case events.CheckpointSaved():
+            return f"Checkpoint of step {event.step} saved in {event.seconds:.1f} s: {event.path}"
+        case events.PreviewReady():
+            return f"Preview of step {event.step}: {event.path}"
+        case events.ExportDone():
+            return f"LoRA of step {event.step} written and proved, {event.keys} keys ({event.layout}): {event.path}"
+        case events.Paused():
+            return f"Paused at step {event.step}"
+        case events.Resumed():
+            return f"Going on at step {event.step}"
+        case events.CommandReceived():
+            return f"Command at step {event.step}: {event.command.replace('_', ' ')}"
+        case events.Logged():
+            return event.message
+        case events.RunEnded():
+            return " ".join(part for part in (event.message, event.why, event.fix) if part)
+    return ""
+
+
+def _log_line(event: events.Event) -> LogLine | None:
+    text = describe_event(event)
+    if not text:
+        return None
+    severity: events.Severity = event.severity if isinstance(event, events.Logged) else "info"
+    if isinstance(event, events.RunEnded) and event.outcome == "failed":
+        severity = "error"
+    return LogLine(event.time, severity, text)
