@@ -1,0 +1,160 @@
+"""Writing to the disk so that a crash, a power cut or a full disk leaves either the old file or the new one.
+
+A write counts as done when the data, and the name that leads to it, were both synced. No torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from lorasmith.engine.errors import StorageError
+
+CHUNK_BYTES = 1 << 20
+
+OPTIMIZER_BYTES: Mapping[str, float] = {"adamw": 8, "adamw8bit": 8, "adafactor": 4, "prodigy": 16, "lion": 4}
+"""State bytes for each trained number; upper bounds (8-bit AdamW keeps small tensors in 32 bits)."""
+
+EXPORT_BYTES: Mapping[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` survive a power cut; does nothing where folders cannot be synced."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_file(path: Path) -> None:
+    """Force the content of an already written file to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write `data` under `path` so that readers and crashes see the old content or the new, never a part.
+
+    Permissions follow the user's umask. Raises StorageError naming the path, the bytes needed and the bytes free.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        raise storage_error(path, len(data), error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def free_bytes(path: Path) -> int:
+    """Return the bytes that this user may still write where `path` is or would be made."""
+    return shutil.disk_usage(nearest_existing(path)).free
+
+
+def nearest_existing(path: Path) -> Path:
+    """Return `path` or the closest folder above it that exists."""
+    path = path.absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def require_writable(folder: Path, needed_bytes: int) -> None:
+    """Make `folder` and prove that it takes a file and has room for `needed_bytes`.
+
+    Raises StorageError: not a folder, not writable, or too little space (both numbers named).
+    """
+    probe = folder / f".write-test-{secrets.token_hex(4)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"lorasmith")
+    except OSError as error:
+        raise StorageError(
+            f"Cannot write to the output folder {folder}.",
+            why=error.strerror or str(error),
+            fix="Choose another run.output_folder, or correct its permissions.",
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+    free = free_bytes(folder)
+    if free < needed_bytes:
+        raise StorageError(
+            f"Not enough disk space in {folder}: about {readable_size(needed_bytes)} are needed, "
+            f"{readable_size(free)} are free.",
+            why="That is what the planned checkpoints and the exported file take.",
+            fix="Free some space, choose another run.output_folder, or lower checkpoints.keep.",
+        )
+
+
+def storage_error(path: Path, needed_bytes: int, error: OSError | str) -> StorageError:
+    """Return the StorageError for a failed write, with the path and the needed and free bytes."""
+    reason = (error.strerror or str(error)) if isinstance(error, OSError) else error
+    try:
+        free = free_bytes(path)
+    except OSError:
+        free = -1
+    space = f"{needed_bytes} bytes needed, {free if free >= 0 else 'unknown'} bytes free"
+    full = is_disk_full(error) or 0 <= free < needed_bytes
+    return StorageError(
+        f"The disk is full: cannot write {path} ({space})." if full else f"Cannot write {path} ({space}).",
+        why=reason,
+        fix="Free some space on that disk." if full else "Check that the folder exists and may be written to.",
+    )
+
+
+def is_disk_full(error: OSError | str) -> bool:
+    """Tell whether a write failed because the disk or the user's quota is full."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "No space left" in error or "os error 28" in error or "quota exceeded" in error.lower()
+
+
+def checkpoint_bytes(num_parameters: int, optimizer: str) -> int:
+    """Return how large one checkpoint of `num_parameters` trained numbers becomes at most."""
+    return int(num_parameters * (4 + OPTIMIZER_BYTES[optimizer])) + 1_000_000
+
+
+def planned_bytes(
+    num_parameters: int, *, optimizer: str, keep: int, num_layouts: int, export_precision: str, num_previews: int = 0
+) -> int:
+    """Return the disk space that a run takes: `keep` checkpoints and the one being written, exports, previews."""
+    checkpoints = (keep + 1) * checkpoint_bytes(num_parameters, optimizer)
+    exports = num_layouts * (num_parameters * EXPORT_BYTES[export_precision] + 1_000_000)
+    return checkpoints + exports + num_previews * 1_000_000
+
+
+def readable_size(num_bytes: float) -> str:
+    """Return a size for people, such as `1.4 GiB`."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024 or unit == "GiB":
+            break
+        num_bytes /= 1024
+    return f"{num_bytes:.0f} bytes" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
