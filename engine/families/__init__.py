@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 from lorasmith.engine.errors import BaseModelError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from PIL import Image
 
@@ -174,6 +176,13 @@ class FamilyModule(Protocol):
 
     def export_name(self, layout: str, component: Component, module: str) -> str:
         """Return the name under which `layout` stores the adapter of `module` (dotted path inside the component)."""
+        ...
+
+    def load_lora(self, path: Path, components: Mapping[Component, torch.nn.Module]) -> None:
+        """Load a LoRA file of any of the family's layouts into `components` with diffusers' own loader.
+
+        Lets every exception and warning of the loader through: the export is proved with it.
+        """
         ...
 
 
