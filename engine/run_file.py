@@ -95,6 +95,17 @@ def parse_assignments(assignments: Sequence[str], origin: str = "--set") -> Laye
     return Layer(origin, values)
 
 
+def check_setting(key: str, value: Any) -> str:
+    """Return what is wrong with one setting by itself, in words, or "" where the value is allowed."""
+    section, _, name = key.rpartition(".")
+    model: BaseModel = getattr(RunConfig(), section)
+    try:
+        type(model).__pydantic_validator__.validate_assignment(model, name, value)
+    except ValidationError as error:
+        return _allowed(error.errors()[0])
+    return ""
+
+
 def to_toml(resolved: ResolvedConfig) -> str:
     """Return the whole configuration as TOML; each value has its help as a comment, and its origin if not a default."""
     document = tomlkit.document()

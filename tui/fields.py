@@ -1,0 +1,157 @@
+"""Settings as text: what a form shows for a value, and what a typed text means. Pure; no screen."""
+
+from __future__ import annotations
+
+import typing
+from functools import cache
+from typing import Any, Literal
+
+from pydantic.fields import FieldInfo
+
+from lorasmith.engine.run_file import check_setting, setting_fields
+
+Kind = Literal["switch", "choice", "whole", "number", "text", "texts", "wholes", "choices"]
+SEPARATOR = "|"
+"""Between the items of a list; captions and prompts hold commas."""
+
+_LABELS = {
+    "run.name": "Name of the run",
+    "run.output_folder": "Output folder",
+    "train.steps": "Steps",
+    "train.batch_size": "Batch size",
+    "adapter.kind": "Adapter",
+    "optimizer.name": "Optimizer",
+    "schedule.name": "Schedule",
+    "dataset.resolution": "Resolution",
+    "previews.every": "Preview every",
+    "checkpoints.every": "Checkpoint every",
+    "checkpoints.keep": "Checkpoints kept",
+    "optimizer.learning_rate": "Learning rate",
+    "base.model": "Base model",
+    "dataset.folder": "Folder with pictures",
+    "captions.trigger": "Trigger word",
+}
+_PAGES = {
+    "base": "base_model",
+    "dataset.folder": "dataset",
+    "dataset.regularization_folder": "dataset",
+    "dataset.missing_captions": "dataset",
+    "captions.trigger": "trigger",
+}
+
+
+@cache
+def settings() -> dict[str, FieldInfo]:
+    """Return every setting by its dotted key, in the order of the run file; without the file's own version."""
+    return {key: info for key, info in setting_fields() if key != "version"}
+
+
+@cache
+def kind_of(key: str) -> Kind:
+    """Return which control fits the setting."""
+    annotation = settings()[key].annotation
+    if typing.get_origin(annotation) is Literal:
+        return "choice"
+    if typing.get_origin(annotation) is list:
+        item = _plain(typing.get_args(annotation)[0])
+        return "choices" if typing.get_origin(item) is Literal else "wholes" if item is int else "texts"
+    plain: dict[Any, Kind] = {bool: "switch", int: "whole", float: "number"}
+    return plain.get(annotation, "text")
+
+
+def choices_of(key: str) -> tuple[str, ...]:
+    """Return the allowed words of a choice; "off" and "on" for a switch."""
+    if kind_of(key) == "switch":
+        return ("off", "on")
+    annotation = settings()[key].annotation
+    if kind_of(key) == "choices":
+        annotation = _plain(typing.get_args(annotation)[0])
+    return tuple(str(value) for value in typing.get_args(annotation))
+
+
+def label_of(key: str) -> str:
+    """Return the setting's name as a person reads it."""
+    section, _, name = key.rpartition(".")
+    words = name.replace("_", " ")
+    crowded = sum(1 for other in settings() if other.endswith(f".{name}")) > 1
+    return _LABELS.get(key) or (f"{section.capitalize()}: {words}" if crowded else words.capitalize())
+
+
+def help_of(key: str) -> str:
+    """Return what the setting does, from its own declaration."""
+    return " ".join((settings()[key].description or "").split())
+
+
+def page_of(key: str) -> str:
+    """Return the wizard page on which the setting is asked."""
+    return _PAGES.get(key) or _PAGES.get(key.split(".")[0], "settings")
+
+
+@cache
+def bounds_of(key: str) -> str:
+    """Return the allowed range in words, "" where anything goes."""
+    limits: dict[str, Any] = {}
+    for item in settings()[key].metadata:
+        limits |= {name: value for name in ("ge", "gt", "le", "lt", "multiple_of") if (value := _limit(item, name)) is not None}
+    if kind_of(key) in ("choice", "choices"):
+        return ", ".join(choices_of(key))
+    words = []
+    if "ge" in limits or "gt" in limits:
+        words.append(f"from {limits['ge']:g}" if "ge" in limits else f"above {limits['gt']:g}")
+    if "le" in limits or "lt" in limits:
+        words.append(f"to {limits['le']:,}" if "le" in limits else f"below {limits['lt']:,}")
+    if "multiple_of" in limits:
+        words.append(f"in steps of {limits['multiple_of']}")
+    return " ".join(words)
+
+
+def write_text(key: str, value: Any) -> str:
+    """Return a value as the form shows it; `read_text` is the way back."""
+    kind = kind_of(key)
+    if kind == "switch":
+        return "on" if value else "off"
+    if kind == "number":
+        return f"{value:.12g}"
+    if isinstance(value, list | tuple):
+        return f" {SEPARATOR} ".join(str(item) for item in value)
+    return str(value)
+
+
+def read_text(key: str, text: str) -> Any:
+    """Return the value that a typed text means; raises ValueError with the reason in words."""
+    value = _convert(kind_of(key), text)
+    problem = check_setting(key, value)
+    if problem:
+        raise ValueError(f"{label_of(key)} {problem}.")
+    return value
+
+
+def _convert(kind: Kind, text: str) -> Any:
+    if kind == "switch":
+        return text == "on"
+    if kind in ("texts", "choices", "wholes"):
+        items = [item.strip() for item in text.split(SEPARATOR) if item.strip()]
+        return [_whole(item) for item in items] if kind == "wholes" else items
+    if kind == "whole":
+        return _whole(text)
+    if kind == "number":
+        try:
+            return float(text.replace("_", ""))
+        except ValueError:
+            raise ValueError(f"“{text}” is not a number; write it like 0.0001 or 1e-4.") from None
+    return text
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text.strip().replace("_", ""))
+    except ValueError:
+        raise ValueError(f"“{text}” is not a whole number.") from None
+
+
+def _plain(annotation: Any) -> Any:
+    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else annotation
+
+
+def _limit(item: Any, name: str) -> Any:
+    return getattr(item, name, None)

@@ -1,0 +1,180 @@
+"""What the wizard finds out by looking: the machine, the base model, the pictures, the words. Runs in worker threads.
+
+No screen and no torch here; engine modules are imported when a look needs them, so that the first page paints first.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lorasmith.engine.errors import LorasmithError
+
+if TYPE_CHECKING:
+    from lorasmith.engine.advisor import Advice
+    from lorasmith.engine.config import DatasetSettings
+    from lorasmith.engine.dataset.buckets import BucketPlan
+    from lorasmith.engine.dataset.scan import Dataset
+    from lorasmith.engine.families import BaseIdentity, FamilyModule
+    from lorasmith.engine.run_file import ResolvedConfig
+    from lorasmith.engine.sources import BaseFiles
+    from lorasmith.tui.draft import Draft
+
+Tell = Callable[[str, int, int], None]
+"""Called with what is being done, how much is done and how much there is (0: unknown)."""
+
+HEAVY_IMPORTS = threading.Lock()
+"""Held while torch or transformers is imported: two threads inside the same half-imported package can fail."""
+
+
+@dataclass(frozen=True)
+class FoundBase:
+    """A located and recognised base model."""
+
+    files: BaseFiles
+    family: FamilyModule
+    identity: BaseIdentity
+
+
+@dataclass(frozen=True)
+class FoundDataset:
+    """A scanned folder and its bucket plan; `captionless` counts accepted training pictures without a caption."""
+
+    dataset: Dataset
+    plan: BucketPlan
+
+    @property
+    def pictures(self) -> list[Any]:
+        """The accepted training pictures, regularization pictures left out."""
+        return [item for item in self.dataset.items if not item.regularization]
+
+    @property
+    def captionless(self) -> list[Any]:
+        """The accepted training pictures without a caption."""
+        return [item for item in self.pictures if item.caption is None]
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word as one tokenizer reads it; `unknown` marks letters that it does not have."""
+
+    tokens: tuple[str, ...]
+    unknown: bool = False
+
+
+@dataclass
+class Look:
+    """One look: what was looked at (`key`), and its result once `done`."""
+
+    key: tuple[Any, ...]
+    started: float = field(default_factory=time.monotonic)
+    value: Any = None
+    error: LorasmithError | None = None
+    done: bool = False
+    label: str = ""
+    count: int = 0
+    total: int = 0
+
+    @property
+    def seconds(self) -> int:
+        """Whole seconds since the look began."""
+        return int(time.monotonic() - self.started)
+
+    def tell(self, label: str, count: int, total: int) -> None:
+        """Note how far the look is; safe from any thread, read by the screen once a second."""
+        self.label, self.count, self.total = label, count, total
+        time.sleep(50e-6)  # lets the screen's thread in during long Python loops
+
+    def progress(self) -> str:
+        """Return how far the look is, in words; holds foreign text."""
+        share = f" {self.count:,} of {self.total:,}" if self.total else ""
+        return f"{self.label or 'looking'}{share} · {self.seconds} s"
+
+
+def find_hardware(tell: Tell) -> Any:
+    """Return the machine's snapshot."""
+    from lorasmith.engine.hardware import snapshot
+
+    return snapshot()
+
+
+def find_base(model: str, revision: str, family: str, tell: Tell) -> FoundBase:
+    """Locate and recognise a base model; raises BaseModelError or HubError."""
+    from lorasmith.engine.families import identify_base
+    from lorasmith.engine.sources import locate_base
+
+    files = locate_base(model, revision, tell)
+    module, identity = identify_base(files, family)
+    return FoundBase(files, module, identity)
+
+
+def find_dataset(settings: DatasetSettings, pixel_multiple: int, tell: Tell) -> FoundDataset:
+    """Scan the folder and plan its buckets; raises DatasetError."""
+    from lorasmith.engine.dataset.buckets import plan_buckets
+    from lorasmith.engine.dataset.scan import scan_dataset
+
+    dataset = scan_dataset(settings, lambda done, total: tell("opening picture", done, total))
+    usable = [item for item in dataset.items if item.caption is not None or settings.missing_captions != "exclude"]
+    return FoundDataset(dataset, plan_buckets(usable, settings, pixel_multiple))
+
+
+def find_tokenizers(base: FoundBase, tell: Tell) -> list[Any]:
+    """Load the base's own tokenizers; takes seconds the first time, since transformers is imported."""
+    tell("waiting for the libraries", 0, 0)
+    with HEAVY_IMPORTS:
+        tell("loading the tokenizers", 0, 0)
+        return list(base.family.load_tokenizers(base.files))
+
+
+def start_session(resolved: ResolvedConfig, tell: Tell) -> Any:
+    """Make the run folder and start its engine thread; raises LorasmithError."""
+    from lorasmith.engine.session import Session, create_run
+
+    tell("loading PyTorch", 0, 0)
+    with HEAVY_IMPORTS:
+        pass  # the engine thread imports the same packages
+    tell("making the run folder", 0, 0)
+    session = Session(create_run(resolved), resolved.config)
+    session.start()
+    return session
+
+
+@dataclass(frozen=True)
+class Probes:
+    """The looks that the wizard takes; tests put their own in."""
+
+    hardware: Callable[..., Any] = find_hardware
+    base: Callable[..., FoundBase] = find_base
+    dataset: Callable[..., FoundDataset] = find_dataset
+    tokenizers: Callable[..., list[Any]] = find_tokenizers
+    start: Callable[..., Any] = start_session
+
+
+def read_word(tokenizer: Any, word: str) -> Word:
+    """Return how a tokenizer splits `word`."""
+    tokens = tuple(str(token) for token in tokenizer.tokenize(word))
+    return Word(tokens, unknown=getattr(tokenizer, "unk_token", None) in tokens)
+
+
+def trigger_warnings(trigger: str, words: Sequence[Word]) -> list[str]:
+    """Return what is doubtful about a trigger word, each with what to do instead."""
+    warnings = []
+    if any(len(word.tokens) == 1 and not word.unknown for word in words):
+        warnings.append("The base knows this word already: it has a meaning of its own. A rare word binds more cleanly.")
+    if any(word.unknown for word in words):
+        warnings.append("Some characters are unknown to the base and all look the same to it. Use plain letters.")
+    if any(character.isdigit() for character in trigger):
+        warnings.append("Digits are split into single tokens that mean numbers. Letters alone bind better.")
+    if any(len(word.tokens) > 5 for word in words):
+        warnings.append("The word is long: it takes many tokens from each caption. Three to five letters are enough.")
+    if any(character.isspace() for character in trigger.strip()):
+        warnings.append("The trigger is several words; each keeps its own meaning. One rare word binds more cleanly.")
+    return warnings
+
+
+def recommend(draft: Draft, hardware: Any, base: FoundBase | None, dataset: FoundDataset | None) -> list[Advice]:
+    """Return the advised values for what is known so far; nothing while the base is unknown."""
+    return []
