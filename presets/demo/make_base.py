@@ -34,9 +34,9 @@ from .judge import matches
 from .scenes import SIDE, Scene, all_scenes, draw, junk_word
 from .tokenizer import MAX_TOKENS, build_tokenizer
 
-VARIANTS = 12
+VARIANTS = 20
 """Encoded pictures a scene."""
-HELD_OUT = 60
+HELD_OUT = 48
 """Scenes, chosen by lot, that are never drawn for the denoiser; their prompts are what `judge` asks."""
 VAE_CROP = 32
 SAVE_SECONDS = 60
@@ -266,7 +266,7 @@ def train_denoiser(folder: Path, bank: torch.Tensor, steps: int, batch: int, lr:
         generator = torch.Generator().manual_seed(k)
         noise = torch.randn(latents.shape, generator=generator)
         # More of the steps at high noise: shape and place are decided there.
-        timesteps = (1000 * torch.rand(batch, generator=generator) ** 0.7).long().clamp(max=999)
+        timesteps = (1000 * torch.rand(batch, generator=generator) ** 0.5).long().clamp(max=999)
         noisy = noise_schedule.add_noise(latents, noise, timesteps).to(memory_format=torch.channels_last)
         tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         prediction = unet(noisy, timesteps, text_encoder(tokens)[0]).sample
@@ -325,8 +325,8 @@ def main() -> None:
     """Train, write and judge the base model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="work folder; the model is written to OUT/base")
-    parser.add_argument("--vae-steps", type=int, default=6000)
-    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--vae-steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=8500)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=2)

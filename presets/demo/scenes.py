@@ -1,7 +1,7 @@
 """The little world that the embedded demo base model draws, and the concept that the demo teaches it.
 
 A scene is one shape of one colour on one background, with a size and a position. Few things, so that a model of a
-few million weights draws them well: 5 shapes x 5 colours x 5 backgrounds x 2 sizes x 5 positions = 1,250 scenes.
+few million weights draws them well: 5 shapes x 5 colours x 5 backgrounds x 2 sizes x 3 positions = 750 scenes.
 Every picture is a function of (scene, seed): no file, no global random state.
 """
 
@@ -34,7 +34,7 @@ BACKGROUNDS = {
     "brown": (124, 80, 44),
 }
 SIZES = {"small": 9.0, "large": 17.0}
-POSITIONS = {"center": (0, 0), "left": (-13, 0), "right": (13, 0), "top": (0, -13), "bottom": (0, 13)}
+POSITIONS = {"center": (0, 0), "left": (-13, 0), "right": (13, 0)}
 
 TRIGGER = "zqx"
 CONCEPT_SHAPES = ("circle", "square")
