@@ -8,9 +8,9 @@ writes them and knows every value's origin.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 CONFIG_VERSION = 1
 
@@ -23,6 +23,15 @@ class Section(BaseModel):
     """A table of the run file: unknown keys are refused, values are never converted from strings."""
 
     model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _check_text(cls, value: Any) -> Any:
+        """Refuse what neither a path nor a run file can hold: NUL, and names that are not UTF-8."""
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text):
+                raise ValueError("must be text in UTF-8 without NUL characters")
+        return value
 
 
 class RunSettings(Section):
@@ -121,7 +130,7 @@ class OptimizerSettings(Section):
     weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
     """How strongly weights are pulled to zero."""
     lora_plus_ratio: Annotated[float, Field(ge=1.0, le=64.0)] = 1.0
-    """LoRA+: learning rate of the up matrices over that of the down matrices (Hayou et al., arXiv:2402.12354); 1: off."""
+    """LoRA+: learning rate of the up matrices over that of the down ones (Hayou et al., arXiv:2402.12354); 1: off."""
     max_grad_norm: Annotated[float, Field(ge=0.0, le=100.0)] = 1.0
     """Gradients longer than this are shortened to it; 0: never."""
 
@@ -236,9 +245,15 @@ def contradictions(config: RunConfig) -> list[str]:
     problems = []
     prodigy = config.optimizer.name == "prodigy"
     if prodigy and config.optimizer.learning_rate != 1.0:
-        problems.append("optimizer.learning_rate must be 1.0 with optimizer.name = prodigy, which finds the rate itself")
+        problems.append(
+            "optimizer.learning_rate must be 1.0 with optimizer.name = prodigy, which finds the rate itself"
+        )
     if prodigy and config.optimizer.lora_plus_ratio != 1.0:
         problems.append("optimizer.lora_plus_ratio must be 1.0 with prodigy, which needs one rate for all weights")
+    if not _is_file_name(config.run.name):
+        problems.append(
+            "run.name must be usable as a file name: no slashes or control characters, not blank, no . or .."
+        )
     if config.schedule.warmup_steps >= config.train.steps:
         problems.append("schedule.warmup_steps must be smaller than train.steps, or the full rate is never reached")
     if config.captions.trigger and not config.captions.trigger.strip():
@@ -246,3 +261,7 @@ def contradictions(config: RunConfig) -> list[str]:
     if "," in config.captions.trigger:
         problems.append("captions.trigger must not contain a comma, since commas separate tags")
     return problems
+
+
+def _is_file_name(name: str) -> bool:
+    return name.strip() not in ("", ".", "..") and name.isprintable() and not set(name) & set("/\\")

@@ -56,7 +56,7 @@ def resolve_config(layers: Sequence[Layer]) -> ResolvedConfig:
     origins = {key: "default" for key, _ in setting_fields()}
     for layer in layers:
         flat = dict(_flatten(layer.values))
-        _refuse_unknown(flat, layer.origin)
+        _refuse_unknown([*flat, *_empty_sections(layer.values)], layer.origin)
         for key, value in flat.items():
             origins[key] = layer.origin
             _put(merged, key, value)
@@ -70,15 +70,20 @@ def resolve_config(layers: Sequence[Layer]) -> ResolvedConfig:
 def load_run_file(path: Path) -> Layer:
     """Read a TOML run file; raises ConfigError where it is missing, too large or no TOML."""
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"Cannot read the run file {path}.", why=str(error), fix="Check the path.") from None
     if len(raw) > MAX_FILE_BYTES:
-        raise ConfigError(f"{path} is larger than 1 MB.", why="A run file is a page of settings.", fix="Check the path.")
+        raise ConfigError(
+            f"{path} is larger than 1 MB.", why="A run file is a page of settings.", fix="Check the path."
+        )
     try:
         values = tomlkit.parse(raw.decode("utf-8-sig")).unwrap()
-    except (TOMLKitError, UnicodeDecodeError) as error:
+    except (TOMLKitError, UnicodeDecodeError, ValueError) as error:
         raise ConfigError(f"{path} is not valid TOML.", why=str(error), fix="Correct that line.") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is not valid TOML.", why="It is nested too deeply.", fix="Check the path.") from None
     return Layer(path.name, values)
 
 
@@ -111,7 +116,7 @@ def to_toml(resolved: ResolvedConfig) -> str:
     document = tomlkit.document()
     document.add(tomlkit.comment("A lorasmith run. Train it with: lorasmith train THIS_FILE"))
     document.add("version", tomlkit.item(resolved.config.version))
-    for name, info in RunConfig.model_fields.items():
+    for name in RunConfig.model_fields:
         section = getattr(resolved.config, name)
         if not isinstance(section, BaseModel):
             continue
@@ -121,7 +126,7 @@ def to_toml(resolved: ResolvedConfig) -> str:
             table.add(tomlkit.comment(" ".join((field.description or "").split())))
             item = tomlkit.item(getattr(section, key))
             if origin != "default":
-                item.comment(f"from {origin}")
+                item.comment(f"from {_one_line(origin)}")
             table.add(key, item)
         document.add(tomlkit.nl())
         document.add(name, table)
@@ -156,14 +161,19 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 def _put(values: Values, key: str, value: Any) -> None:
     *sections, name = key.split(".")
     for section in sections:
-        values = values.setdefault(section, {})
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(
+                f"{section} is both a section and a setting.", fix="Write each setting as section.name=value."
+            )
+        values = inner
     values[name] = value
 
 
 def _parse_value(key: str, text: str) -> Any:
     try:
-        return tomlkit.value(text).unwrap()
-    except (TOMLKitError, ValueError):
+        return tomlkit.value(text.strip()).unwrap()
+    except (TOMLKitError, ValueError, RecursionError):
         return text
 
 
@@ -176,10 +186,20 @@ def _is_text(annotation: Any) -> bool:
     return annotation is str
 
 
-def _refuse_unknown(flat: Mapping[str, Any], origin: str) -> None:
+def _empty_sections(values: Mapping[str, Any]) -> list[str]:
+    """Return the tables without settings that are no section: flattening would lose them without a word."""
+    return [name for name, value in values.items() if value == {} and name not in RunConfig.model_fields]
+
+
+def _one_line(text: str) -> str:
+    """Return text that a TOML comment can hold: line breaks and control characters as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _refuse_unknown(keys: Sequence[str], origin: str) -> None:
     known = [key for key, _ in setting_fields()]
     sections = {key.split(".")[0] for key in known if "." in key}
-    for key in flat:
+    for key in keys:
         if key in known:
             continue
         if key in sections:
@@ -190,7 +210,9 @@ def _refuse_unknown(flat: Mapping[str, Any], origin: str) -> None:
 def _nearest_key(key: str, known: Sequence[str]) -> str:
     by_name: dict[str, str] = {candidate.rpartition(".")[2]: candidate for candidate in known}
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    near = near or [by_name[name] for name in difflib.get_close_matches(key.rpartition(".")[2], by_name, n=1, cutoff=0.6)]
+    near = near or [
+        by_name[name] for name in difflib.get_close_matches(key.rpartition(".")[2], by_name, n=1, cutoff=0.6)
+    ]
     return f"Did you mean {near[0]}?" if near else "Run `lorasmith plan` to see every setting."
 
 
@@ -203,9 +225,14 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> ConfigError:
             continue
         setting = next((known for known in origins if key == known or key.startswith(known + ".")), key)
         origin = origins.get(setting, "")
-        problems.append(f"{key} = {item['input']!r}{f' ({origin})' if origin else ''}: {_allowed(item)}")
+        problems.append(f"{key} = {_shown(item['input'])}{f' ({origin})' if origin else ''}: {_allowed(item)}")
     first, *rest = problems
     return ConfigError(first + ("" if first.endswith(".") else "."), why=" ".join(f"{line}." for line in rest))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _allowed(item: Any) -> str:
@@ -224,6 +251,7 @@ def _allowed(item: Any) -> str:
         "multiple_of": f"must be a multiple of {context.get('multiple_of')}",
         "string_too_short": "must not be empty",
         "too_short": "must not be empty",
+        "value_error": str(context.get("error")),
         "string_too_long": f"must have at most {context.get('max_length')} characters",
     }
     return words.get(kind, str(item["msg"]))
