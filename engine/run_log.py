@@ -1,0 +1,106 @@
+"""What libraries and Python itself have to say goes to the run's log file, never to the screen.
+
+A line on stderr would be drawn over the wizard, and a pipe that nobody reads would stop the training.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+LIBRARIES = ("transformers", "diffusers", "bitsandbytes", "accelerate", "peft", "huggingface_hub")
+QUIET_ENVIRONMENT: Mapping[str, str] = {
+    "TRANSFORMERS_VERBOSITY": "warning",
+    "DIFFUSERS_VERBOSITY": "warning",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=[Bb]earer )\S+")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+logger = logging.getLogger("lorasmith")
+
+
+def quiet_libraries() -> None:
+    """Keep the Python libraries' messages and progress bars off the screen; call it before they are imported.
+
+    Messages still reach the log of a run (`RunLog`). Calling it again does no harm.
+    """
+    for name, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name in LIBRARIES:
+        library = logging.getLogger(name)
+        for handler in [handler for handler in library.handlers if _writes_to_screen(handler)]:
+            library.removeHandler(handler)
+        library.__class__ = _LogFileOnly
+        library.__dict__["propagate"] = True
+    logging.captureWarnings(True)
+    root = logging.getLogger()
+    if not root.handlers:
+        # With no handler at all, Python prints warnings to stderr.
+        root.addHandler(logging.NullHandler())
+
+
+class _LogFileOnly(logging.Logger):
+    """A library's logger that the library cannot point at the screen.
+
+    transformers and diffusers add a stderr handler to their logger and cut it off from the root logger, both at import.
+    """
+
+    def addHandler(self, hdlr: logging.Handler) -> None:  # noqa: N802  (overrides logging's own name)
+        if not _writes_to_screen(hdlr):
+            super().addHandler(hdlr)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name != "propagate":
+            super().__setattr__(name, value)
+
+
+class RunLog:
+    """Appends log records of every thread to a file (mode 0600) until closed: warnings, and lorasmith's own notes."""
+
+    def __init__(self, path: Path) -> None:
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        self._handler = _PatientHandler(path, encoding="utf-8", errors="backslashreplace")
+        self._handler.setFormatter(_PlainFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._handler.addFilter(_worth_keeping)
+        logging.getLogger().addHandler(self._handler)
+        logger.setLevel(logging.INFO)
+
+    def close(self) -> None:
+        """Stop logging to the file."""
+        logging.getLogger().removeHandler(self._handler)
+        self._handler.close()
+
+
+class _PatientHandler(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (overrides logging's own name)
+        # A full disk must neither end the training nor print a traceback over the screen.
+        return
+
+
+class _PlainFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return plain_text(super().format(record))
+
+
+def plain_text(text: str) -> str:
+    r"""Return `text` without access tokens, and with control characters, bidi marks and surrogates made visible.
+
+    Newlines and tabs stay; ESC becomes the four characters `\x1b`.
+    """
+    redacted = TOKEN.sub("[token]", text)
+    return CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), redacted)
+
+
+def _worth_keeping(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or record.name.partition(".")[0] == "lorasmith"
+
+
+def _writes_to_screen(handler: logging.Handler) -> bool:
+    return isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler)

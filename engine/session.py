@@ -1,0 +1,258 @@
+"""A run hosted by this process: its thread, its lock, commands in and events out.
+
+The engine thread never waits for a viewer: an event goes to the journal, then into a bounded queue that a viewer drains
+when it likes. It is no daemon thread, since torch aborts a process that exits under it: stop and join it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import threading
+from collections import deque
+from queue import Empty, SimpleQueue
+
+from lorasmith.engine.commands import Command
+from lorasmith.engine.config import RunConfig
+from lorasmith.engine.errors import EXIT_STOPPED, HardwareError, LorasmithError, StorageError
+from lorasmith.engine.events import CheckpointSaved, Event, ExportDone, HardwareSampled, Logged, RunEnded
+from lorasmith.engine.hardware import Sampler
+from lorasmith.engine.journal import Journal
+from lorasmith.engine.run_folder import (
+    RunFolder,
+    RunLock,
+    RunSummary,
+    create_run,
+    list_runs,
+    lock_holder,
+    open_run,
+    summarize_run,
+)
+from lorasmith.engine.run_log import RunLog, plain_text, quiet_libraries
+from lorasmith.engine.storage import is_disk_full
+
+__all__ = [
+    "RunFolder",
+    "RunSummary",
+    "Session",
+    "create_run",
+    "list_runs",
+    "lock_holder",
+    "open_run",
+    "quiet_libraries",
+    "summarize_run",
+]
+
+MAX_WAITING_EVENTS = 50_000
+SWITCH_SECONDS = 0.001
+
+logger = logging.getLogger("lorasmith.session")
+
+
+class Session:
+    """One run of `config` in `run`, for one start; resuming makes another session.
+
+    `latest` holds the last event of each type; it is replaced, never changed, by the engine.
+    `missed` counts events that were dropped from the queue because nobody drained it; the journal has them all.
+    """
+
+    def __init__(self, run: RunFolder, config: RunConfig) -> None:
+        self.run = run
+        self.config = config
+        self.latest: dict[type[Event], Event] = {}
+        self.missed = 0
+        self._waiting: deque[Event] = deque(maxlen=MAX_WAITING_EVENTS)
+        self._commands: SimpleQueue[Command] = SimpleQueue()
+        self._emitting = threading.Lock()
+        self._told_problem = ""
+        self._ended = False
+        self._step = 0
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Lock the run folder and start the engine thread.
+
+        Raises RunLockedError naming the process that has it, or StorageError where the folder cannot be written to.
+        """
+        if self._thread is not None:
+            raise RuntimeError("a session starts once")
+        quiet_libraries()
+        with contextlib.ExitStack() as undo:
+            self._lock = RunLock(self.run)
+            undo.callback(self._lock.release)
+            self._log = _open_log(self.run)
+            undo.callback(self._log.close)
+            self._journal = Journal(self.run.journal)
+            undo.pop_all()
+        # The engine's small Python segments would starve the screen's thread at the default of 5 ms.
+        sys.setswitchinterval(SWITCH_SECONDS)
+        self._sampler = Sampler(self.emit, device=self.config.train.device)
+        self._thread = threading.Thread(target=self._host, name="engine", daemon=False)
+        self._thread.start()
+
+    def send(self, command: Command) -> None:
+        """Ask the engine for something, without waiting; it is taken up at the next step boundary."""
+        self._commands.put(command)
+
+    def drain(self) -> list[Event]:
+        """Return the events since the last call, oldest first, without waiting."""
+        taken: list[Event] = []
+        while self._waiting:
+            taken.append(self._waiting.popleft())
+        return taken
+
+    @property
+    def finished(self) -> bool:
+        """Whether the engine thread is over; every event is then in the journal and the run folder is free."""
+        return self._thread is not None and not self._thread.is_alive()
+
+    @property
+    def outcome(self) -> RunEnded | None:
+        """How the run ended, or None before it did."""
+        ended = self.latest.get(RunEnded)
+        return ended if isinstance(ended, RunEnded) else None
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait until the engine thread is over, at most `timeout` seconds; return whether it is."""
+        if self._thread is None:
+            return False
+        self._thread.join(timeout)
+        return self.finished
+
+    def stop_and_join(self, timeout: float) -> bool:
+        """Ask for a checkpoint and the end, wait at most `timeout` seconds and return whether the run ended."""
+        self.send(Command.STOP)
+        return self.join(timeout)
+
+    # What the engine calls: the `Host` of `engine.trainer.train`.
+
+    def emit(self, event: Event) -> None:
+        """Journal `event`, then show it; never raises and never waits for a viewer. Safe from any thread."""
+        with self._emitting:
+            if self._ended:
+                # A reader takes RunEnded as the last word; a late gauge reading must not follow it.
+                if not isinstance(event, HardwareSampled):
+                    logger.warning("after the end: %s", event)
+                return
+            self._ended = isinstance(event, RunEnded)
+            self._step = getattr(event, "step", self._step)
+            written = self._journal.append(event)
+            self._show(event)
+            self._tell_problem(written)
+
+    def next_commands(self) -> list[Command]:
+        """Return the commands that arrived since the last call, without waiting."""
+        commands: list[Command] = []
+        while True:
+            try:
+                commands.append(self._commands.get_nowait())
+            except Empty:
+                return commands
+
+    def wait_command(self, timeout: float) -> Command | None:
+        """Return the next command, waiting at most `timeout` seconds for it."""
+        try:
+            return self._commands.get(timeout=timeout)
+        except Empty:
+            return None
+
+    def _show(self, event: Event) -> None:
+        if len(self._waiting) == MAX_WAITING_EVENTS:
+            self.missed += 1
+        self._waiting.append(event)
+        self.latest = {**self.latest, type(event): event}
+
+    def _tell_problem(self, written: bool) -> None:
+        problem = self._journal.problem
+        if problem == self._told_problem:
+            return
+        self._told_problem = problem
+        text = f"The journal cannot be written ({problem}); training goes on and the journal catches up when it can."
+        news = Logged(severity="error", message=text)
+        if not problem:
+            news = Logged(severity="info", message="The journal is written again; it lacks gauge readings only.")
+        logger.warning(news.message)
+        # The journal keeps this line waiting behind the others, so a replay tells the same as the screen.
+        self._journal.append(news)
+        self._show(news)
+
+    def _host(self) -> None:
+        try:
+            self._sampler.start()
+            self._train()
+        finally:
+            self._sampler.stop()
+            if not self._journal.close():
+                logger.error("the last events could not be written to %s", self.run.journal)
+            self._log.close()
+            self._lock.release()
+
+    def _train(self) -> None:
+        try:
+            # Imported here: torch takes seconds, and a broken torch must end the run in words.
+            from lorasmith.engine.trainer import train
+
+            train(self.run, self.config, self)
+        except BaseException as error:
+            logger.exception("the run failed")
+            self.emit(describe_failure(error, self._step))
+        if not self._ended:
+            self.emit(self._end_in_words())
+
+    def _end_in_words(self) -> RunEnded:
+        """Say how a training ended that returned without a word; only a proved export counts as finished."""
+        if ExportDone in self.latest:
+            return RunEnded(outcome="finished", step=self._step, message="Training finished.")
+        if CheckpointSaved in self.latest:
+            return RunEnded(
+                outcome="stopped", step=self._step, message="Stopped; the run can be resumed.", exit_code=EXIT_STOPPED
+            )
+        return RunEnded(
+            outcome="failed",
+            step=self._step,
+            message="Training ended without a result.",
+            why="It wrote neither a LoRA nor a checkpoint.",
+            fix=f"Report it with {self.run.log}.",
+            exit_code=1,
+        )
+
+
+def describe_failure(error: BaseException, step: int) -> RunEnded:
+    """Return the end of a run that failed with `error`, in words and with its exit code; tokens are taken out."""
+    known = _known_failure(error)
+    why = known.why if known is error else known.why or f"{type(error).__name__}: {error}"
+    return RunEnded(
+        outcome="failed",
+        step=step,
+        message=plain_text(known.what),
+        why=plain_text(why),
+        fix=plain_text(known.fix),
+        exit_code=known.exit_code,
+    )
+
+
+def _known_failure(error: BaseException) -> LorasmithError:
+    if isinstance(error, LorasmithError):
+        return error
+    # torch's class is known by name only: this module must not import torch.
+    if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        fix = "Lower train.batch_size or dataset.resolution, or turn on train.gradient_checkpointing; then resume."
+        return HardwareError("The GPU ran out of memory.", fix=fix)
+    if isinstance(error, MemoryError):
+        return HardwareError("This machine ran out of memory.", fix="Close other programs; then resume the run.")
+    if isinstance(error, OSError) and is_disk_full(error):
+        return StorageError("The disk is full.", fix="Free some space; then resume the run.")
+    return LorasmithError(
+        "Training failed with an unexpected error.",
+        fix="The traceback is in run.log in the run folder; please report it.",
+    )
+
+
+def _open_log(run: RunFolder) -> RunLog:
+    try:
+        return RunLog(run.log)
+    except OSError as error:
+        why = error.strerror or os.strerror(error.errno or 0)
+        raise StorageError(f"Cannot write {run.log}.", why=why, fix="Check the folder's permissions.") from error
