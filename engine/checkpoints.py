@@ -192,3 +192,15 @@ def _remove_leftovers(folder: Path) -> None:
 def has_checkpoints(folder: Path) -> bool:
     """Tell whether `folder` holds any checkpoint, whole or damaged."""
     return bool(_step_folders(folder))
+
+
+def load_checkpoint(folder: Path, step: int) -> Checkpoint:
+    """Return the verified checkpoint of `step`; raises CheckpointError where it is missing or damaged."""
+    path = folder / f"step-{step:08d}"
+    if not path.is_dir():
+        steps = ", ".join(str(int(other.name.rpartition("-")[2])) for other in _step_folders(folder))
+        raise CheckpointError(f"There is no checkpoint of step {step} in {folder}.", fix=f"There are: {steps or 'none'}.")
+    reason = damage(path)
+    if reason is not None:
+        raise CheckpointError(f"The checkpoint {path} is damaged.", why=reason + ".", fix="Use an older one.")
+    return _open(path)
