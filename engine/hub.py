@@ -121,9 +121,11 @@ def _remember_branch(repo: str, revision: str, commit: str, snapshot: Path) -> N
 
 def _silent_bar(on_progress: OnProgress | None, name: str, done: int, total: int) -> Any:
     """Return a progress-bar class that draws nothing and reports bytes instead."""
-    from huggingface_hub.utils import tqdm
+    import huggingface_hub.utils
 
-    class SilentBar(tqdm):  # type: ignore[type-arg, misc]
+    bar: Any = vars(huggingface_hub.utils)["tqdm"]
+
+    class SilentBar(bar):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "disable": True})
             self.seen = int(kwargs.get("initial") or 0)

