@@ -1,0 +1,274 @@
+"""Pictures drawn during training, always after a save and never able to end the run.
+
+Each picture carries the line that A1111, Forge and Civitai read from a PNG (`parameters`), so that it can be drawn
+again elsewhere. The same seeds each time make pictures of different steps comparable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorasmith.engine.events import Event, Logged, PreviewReady
+from lorasmith.engine.lora_metadata import safe_label
+from lorasmith.engine.storage import atomic_write
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageFont
+
+    from lorasmith.engine.adapters import Adapter
+    from lorasmith.engine.config import RunConfig
+    from lorasmith.engine.families import Conditioning, Family
+
+MAX_BATCH = 4
+FLAT_DEVIATION = 2 / 255
+"""A picture whose values (0 to 1) deviate less than this is a single color: NaN or a collapsed model."""
+_SAMPLERS = {
+    "DDIMScheduler": "DDIM",
+    "PNDMScheduler": "PLMS",
+    "EulerDiscreteScheduler": "Euler",
+    "EulerAncestralDiscreteScheduler": "Euler a",
+    "DPMSolverMultistepScheduler": "DPM++ 2M",
+    "UniPCMultistepScheduler": "UniPC",
+}
+_CAPTION_HEIGHT, _GAP, _FONT_SIZE = 18, 6, 12
+_MAX_COLUMNS = 8
+
+Emit = Callable[[Event], None]
+
+
+class _DrawingStoppedError(Exception):
+    pass
+
+
+@dataclass(frozen=True)
+class PreviewPicture:
+    """One picture to draw: number and text of its prompt, number and value of its seed."""
+
+    prompt_index: int
+    prompt: str
+    seed: int
+
+    def file_name(self, step: int) -> str:
+        """Return the file name, e.g. `step-00000100_p0_s1.png`, where 1 is the seed."""
+        return f"step-{step:08d}_p{self.prompt_index}_s{self.seed}.png"
+
+
+def preview_prompts(config: RunConfig, first_caption: str) -> list[str]:
+    """Return the prompts to draw, `[trigger]` replaced; without any, the trigger with `first_caption`, then without.
+
+    `first_caption` is a picture's own text, with or without the trigger.
+    """
+    from lorasmith.engine.dataset.captions import compose
+
+    trigger = config.captions.trigger.strip()
+    if config.previews.prompts:
+        return [prompt.replace("[trigger]", trigger).strip() for prompt in config.previews.prompts]
+    plain = compose(first_caption, trigger, regularization=True)
+    return list(dict.fromkeys([compose(plain, trigger), plain] if plain else [compose(None, trigger)]))
+
+
+def draw_previews(
+    family: Family,
+    adapter: Adapter,
+    config: RunConfig,
+    conditionings: Mapping[str, Conditioning],
+    folder: Path,
+    step: int,
+    emit: Emit,
+    should_stop: Callable[[], bool],
+) -> None:
+    """Draw each prompt with each seed into `folder` and emit PreviewReady for every picture.
+
+    `conditionings` holds the prompts of `preview_prompts` in their order, and the negative prompt under
+    `config.previews.negative_prompt`. Any failure becomes a warning in the log; a memory error first halves the
+    batch. `should_stop` is asked after each denoising step. Only KeyboardInterrupt leaves this function.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _undisturbed(family, adapter):
+            _draw_all(family, config, conditionings, folder, step, emit, should_stop)
+    except _DrawingStoppedError:
+        emit(Logged(severity="info", message=f"Previews of step {step} were left unfinished."))
+    except Exception as error:
+        emit(Logged(severity="warning", message=f"Previews of step {step} failed, training goes on: {_words(error)}"))
+
+
+def preview_parameters(config: RunConfig, family: Family, prompt: str, seed: int, side: int) -> str:
+    """Return the lines that A1111 writes into a PNG: prompt with the LoRA, negative prompt, settings."""
+    sampler = str(family.noise_schedule.get("_class_name", ""))
+    settings = {
+        "Steps": config.previews.steps,
+        "Sampler": _SAMPLERS.get(sampler, sampler or "unknown"),
+        "CFG scale": f"{config.previews.guidance:g}",
+        "Seed": seed,
+        "Size": f"{side}x{side}",
+        "Model": safe_label(config.base.model),
+    }
+    lines = [f"{_one_line(prompt)} <lora:{safe_label(config.run.name)}:1>"]
+    if config.previews.negative_prompt:
+        lines.append(f"Negative prompt: {_one_line(config.previews.negative_prompt)}")
+    return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in settings.items())])
+
+
+def build_sheet(
+    paths: Sequence[Path], labels: Sequence[str] = (), target: Path | None = None, columns: int | None = None
+) -> Path:
+    """Write a grid of pictures, each above its label, as PNG and return its path.
+
+    `target` is `sheet.png` beside the first picture by default; `columns` about the square root of their number.
+    Raises ValueError without pictures or with a different number of labels.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    from lorasmith.engine.dataset.images import open_image
+
+    if not paths or (labels and len(labels) != len(paths)):
+        raise ValueError(f"{len(paths)} pictures and {len(labels)} labels make no sheet")
+    pictures = [open_image(path) for path in paths]
+    columns = columns or min(_MAX_COLUMNS, math.ceil(math.sqrt(len(pictures))))
+    width, height = max(picture.width for picture in pictures), max(picture.height for picture in pictures)
+    row_height = height + (_CAPTION_HEIGHT if labels else 0)
+    rows = math.ceil(len(pictures) / columns)
+    size = (columns * (width + _GAP) + _GAP, rows * (row_height + _GAP) + _GAP)
+    sheet = Image.new("RGB", size, "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT_SIZE)
+    for index, picture in enumerate(pictures):
+        x, y = _GAP + index % columns * (width + _GAP), _GAP + index // columns * (row_height + _GAP)
+        sheet.paste(picture, (x, y))
+        if labels:
+            pen.text((x, y + height + 2), _fitting(labels[index], font, width), fill="black", font=font)
+    target = target or paths[0].parent / "sheet.png"
+    atomic_write(target, _png(sheet, {}))
+    return target
+
+
+def _draw_all(
+    family: Family,
+    config: RunConfig,
+    conditionings: Mapping[str, Conditioning],
+    folder: Path,
+    step: int,
+    emit: Emit,
+    should_stop: Callable[[], bool],
+) -> None:
+    from lorasmith.engine.families import DrawSettings, PictureRequest
+
+    side = config.previews.side or config.dataset.resolution
+    settings = DrawSettings(config.previews.steps, config.previews.guidance, side, side)
+    negative = conditionings[config.previews.negative_prompt]
+    waiting = planned_pictures(config, list(conditionings))
+    batch = MAX_BATCH
+
+    def on_step(_: int) -> None:
+        if should_stop():
+            raise _DrawingStoppedError
+
+    while waiting:
+        on_step(0)
+        chunk = waiting[:batch]
+        requests = [PictureRequest(conditionings[item.prompt], negative, item.seed) for item in chunk]
+        try:
+            drawn = family.draw(requests, settings, on_step)
+        except Exception as error:
+            if batch == 1 or not _out_of_memory(error):
+                raise
+            batch = 1 if len(chunk) <= 2 else batch // 2
+            _free_cache(family)
+            emit(Logged(severity="info", message=f"Not enough memory to draw {len(chunk)} previews at once."))
+            continue
+        for item, picture in zip(chunk, drawn, strict=True):
+            _keep(family, config, picture, item, folder / item.file_name(step), step, emit)
+        waiting = waiting[batch:]
+
+
+def planned_pictures(config: RunConfig, conditioned: Sequence[str]) -> list[PreviewPicture]:
+    """Return every prompt with every seed in drawing order.
+
+    Without prompts in the settings these are the `conditioned` ones but the negative prompt.
+    """
+    negative = config.previews.negative_prompt
+    prompts = preview_prompts(config, "") if config.previews.prompts else [p for p in conditioned if p != negative]
+    seeds = list(dict.fromkeys(config.previews.seeds))
+    return [PreviewPicture(index, prompt, seed) for index, prompt in enumerate(prompts) for seed in seeds]
+
+
+def _keep(
+    family: Family, config: RunConfig, picture: Image.Image, item: PreviewPicture, path: Path, step: int, emit: Emit
+) -> None:
+    line = preview_parameters(config, family, item.prompt, item.seed, picture.width)
+    atomic_write(path, _png(picture, {"parameters": line}))
+    emit(PreviewReady(step=step, prompt=item.prompt, seed=item.seed, path=str(path), line=_one_line(line)))
+    if is_flat(picture):
+        emit(Logged(severity="warning", message=f"Preview {path.name} is a single color: training may have diverged."))
+
+
+def is_flat(picture: Image.Image) -> bool:
+    """Tell whether a picture is (nearly) a single color."""
+    import numpy as np
+
+    values = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+    # Of each channel: a single color has three different values.
+    return float(values.reshape(-1, 3).std(axis=0).max()) < FLAT_DEVIATION
+
+
+@contextlib.contextmanager
+def _undisturbed(family: Family, adapter: Adapter) -> Iterator[None]:
+    """Draw without dropout, gradients or a trace in the random state, and put everything back."""
+    import torch
+
+    devices = [family.device] if family.device.type == "cuda" else []
+    modes = [dropout.training for dropout in adapter.dropouts]
+    adapter.train(False)
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            yield
+    finally:
+        for dropout, mode in zip(adapter.dropouts, modes, strict=True):
+            dropout.train(mode)
+
+
+def _png(picture: Image.Image, texts: Mapping[str, str]) -> bytes:
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, text in texts.items():
+        info.add_itxt(key, text) if not text.isascii() else info.add_text(key, text)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    text = _one_line(text)
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _out_of_memory(error: Exception) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def _free_cache(family: Family) -> None:
+    import torch
+
+    if family.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
