@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -219,6 +220,7 @@ def load_draft(path: Path) -> tuple[Draft, float] | None:
     return (draft, age) if draft is not None else None
 
 
+@cache
 def demo_settings() -> dict[str, Any]:
     """Return the demo's preset as nested values, its bundled pictures included."""
     from lorasmith.presets import demo

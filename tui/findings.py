@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lorasmith.engine.advisor import Advice
     from lorasmith.engine.config import DatasetSettings
     from lorasmith.engine.dataset.buckets import BucketPlan
-    from lorasmith.engine.dataset.scan import Dataset
+    from lorasmith.engine.dataset.scan import Dataset, ImageItem
     from lorasmith.engine.families import BaseIdentity, FamilyModule
     from lorasmith.engine.run_file import ResolvedConfig
     from lorasmith.engine.sources import BaseFiles
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Tell = Callable[[str, int, int], None]
 """Called with what is being done, how much is done and how much there is (0: unknown)."""
+
+_MEGA = 1_000_000
 
 HEAVY_IMPORTS = threading.Lock()
 """Held while torch or transformers is imported: two threads inside the same half-imported package can fail."""
@@ -41,20 +43,29 @@ class FoundBase:
 
 @dataclass(frozen=True)
 class FoundDataset:
-    """A scanned folder and its bucket plan; `captionless` counts accepted training pictures without a caption."""
+    """A scanned folder with its regularization pictures."""
 
     dataset: Dataset
-    plan: BucketPlan
 
     @property
-    def pictures(self) -> list[Any]:
+    def pictures(self) -> list[ImageItem]:
         """The accepted training pictures, regularization pictures left out."""
         return [item for item in self.dataset.items if not item.regularization]
 
     @property
-    def captionless(self) -> list[Any]:
-        """The accepted training pictures without a caption."""
-        return [item for item in self.pictures if item.caption is None]
+    def captionless(self) -> list[ImageItem]:
+        """The accepted pictures without a caption."""
+        from lorasmith.engine.dataset.scan import missing_captions
+
+        return list(missing_captions(self.dataset))
+
+    def plan(self, settings: DatasetSettings, pixel_multiple: int) -> BucketPlan:
+        """Return the buckets of the pictures that would be used with `settings`."""
+        from lorasmith.engine.dataset.buckets import plan_buckets
+
+        leave_out = settings.missing_captions == "exclude"
+        used = [item for item in self.dataset.items if item.caption is not None or not leave_out]
+        return plan_buckets(used, settings, pixel_multiple)
 
 
 @dataclass(frozen=True)
@@ -90,7 +101,11 @@ class Look:
 
     def progress(self) -> str:
         """Return how far the look is, in words; holds foreign text."""
-        share = f" {self.count:,} of {self.total:,}" if self.total else ""
+        share = ""
+        if self.total >= _MEGA:
+            share = f" {self.count / _MEGA:,.0f} of {self.total / _MEGA:,.0f} MB"
+        elif self.total:
+            share = f" {self.count:,} of {self.total:,}"
         return f"{self.label or 'looking'}{share} · {self.seconds} s"
 
 
@@ -111,14 +126,11 @@ def find_base(model: str, revision: str, family: str, tell: Tell) -> FoundBase:
     return FoundBase(files, module, identity)
 
 
-def find_dataset(settings: DatasetSettings, pixel_multiple: int, tell: Tell) -> FoundDataset:
-    """Scan the folder and plan its buckets; raises DatasetError."""
-    from lorasmith.engine.dataset.buckets import plan_buckets
+def find_dataset(settings: DatasetSettings, tell: Tell) -> FoundDataset:
+    """Scan the folders; raises DatasetError."""
     from lorasmith.engine.dataset.scan import scan_dataset
 
-    dataset = scan_dataset(settings, lambda done, total: tell("opening picture", done, total))
-    usable = [item for item in dataset.items if item.caption is not None or settings.missing_captions != "exclude"]
-    return FoundDataset(dataset, plan_buckets(usable, settings, pixel_multiple))
+    return FoundDataset(scan_dataset(settings, lambda done, total: tell("opening pictures", done, total)))
 
 
 def find_tokenizers(base: FoundBase, tell: Tell) -> list[Any]:

@@ -1,0 +1,191 @@
+"""A config field as a form field: label, control, origin, bounds and help, all from the setting's own declaration."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from rich.text import Text
+from textual import events
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical
+from textual.message import Message
+from textual.reactive import reactive
+from textual.widget import Widget
+from textual.widgets import Input, Static
+
+from lorasmith.tui.fields import bounds_of, choices_of, help_of, kind_of, label_of
+from lorasmith.tui.text import masked, safe_str, safe_text
+
+_NUMBER_CHARACTERS = "0123456789.+-eE_"
+
+
+class SafeInput(Input):
+    """An input that shows control characters as marks, does not blink, and in number fields leaves letters to keys."""
+
+    def __init__(self, value: str, *, id: str | None = None, placeholder: str = "", numeric: bool = False) -> None:
+        super().__init__(value, id=id, placeholder=placeholder, compact=True, select_on_focus=False)
+        self.cursor_blink = False
+        self.numeric = numeric
+
+    @property
+    def _value(self) -> Text:
+        return Text(masked(self.value), no_wrap=True, overflow="ignore", end="")
+
+    def check_consume_key(self, key: str, character: str | None) -> bool:
+        """Take printable keys; a number field only those that numbers are written with."""
+        if self.numeric and character is not None:
+            return character in _NUMBER_CHARACTERS
+        return super().check_consume_key(key, character)
+
+    async def _on_key(self, event: events.Key) -> None:
+        if not event.is_printable or self.check_consume_key(event.key, event.character):
+            await super()._on_key(event)
+        else:
+            event.prevent_default()  # the letter bubbles on to the page's keys
+
+
+class Choice(Widget, can_focus=True):
+    """One of a few words on one row: `‹ adamw ›`, changed with left and right, or space."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("left", "move(-1)", "Previous", show=False, id="choice-previous"),
+        Binding("right,space", "move(1)", "Next", show=False, id="choice-next"),
+    ]
+    value: reactive[str] = reactive("", init=False)
+
+    class Changed(Message):
+        """Another word was chosen."""
+
+        def __init__(self, choice: Choice, value: str) -> None:
+            super().__init__()
+            self.choice = choice
+            self.value = value
+
+        @property
+        def control(self) -> Choice:
+            """The choice that changed."""
+            return self.choice
+
+    def __init__(self, options: tuple[str, ...], value: str, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self.options = options
+        self.set_reactive(Choice.value, value)
+
+    def render(self) -> Text:
+        """Draw all words where they fit with the chosen one in brackets, else the chosen one alone."""
+        whole = "  ".join(f"[{option}]" if option == self.value else option for option in self.options)
+        if len(whole) > self.size.width or self.value not in self.options:
+            return safe_text(f"‹ {self.value} ›")
+        text = Text()
+        for option in self.options:
+            chosen = option == self.value
+            text.append(f"[{option}]" if chosen else option, style="bold" if chosen else "dim")
+            text.append("  ")
+        return text
+
+    def action_move(self, by: int) -> None:
+        """Choose the next or previous word, around the end."""
+        index = self.options.index(self.value) if self.value in self.options else -1
+        self.value = self.options[(index + by) % len(self.options)]
+        self.post_message(self.Changed(self, self.value))
+
+    def on_click(self) -> None:
+        """Choose the next word."""
+        self.action_move(1)
+
+
+class SettingField(Vertical):
+    """One setting: a row with label and control, and a row with its origin and reason, or what is wrong."""
+
+    class Changed(Message):
+        """The user changed the field; `text` is what stands in it."""
+
+        def __init__(self, key: str, text: str) -> None:
+            super().__init__()
+            self.key = key
+            self.text = text
+
+    def __init__(self, key: str, text: str) -> None:
+        super().__init__(id=field_id(key))
+        self.key = key
+        self._text = text
+        self._note: Static = Static("", classes="note", markup=False)
+
+    def compose(self) -> ComposeResult:
+        """Label, control and note."""
+        with Horizontal(classes="row"):
+            yield Static(label_of(self.key), classes="label", markup=False)
+            yield self._control()
+        yield self._note
+
+    def _control(self) -> Widget:
+        kind = kind_of(self.key)
+        if kind in ("switch", "choice"):
+            return Choice(choices_of(self.key), self._text)
+        return SafeInput(self._text, numeric=kind in ("whole", "number"), placeholder=bounds_of(self.key))
+
+    @property
+    def control(self) -> Widget:
+        """The widget that takes the focus."""
+        return self.query(".row > SafeInput, .row > Choice").first(Widget)
+
+    def show(self, text: str) -> None:
+        """Put `text` into the control without calling that a change."""
+        control = self.control
+        with self.prevent(Input.Changed, Choice.Changed):
+            if isinstance(control, SafeInput | Choice):
+                control.value = text
+
+    def tell(self, origin: str, reason: str, problem: str) -> None:
+        """Show where the value comes from and why, or what is wrong with it."""
+        if problem:
+            note = safe_text(f"✗ {problem}")
+        elif origin == "wizard":
+            note = safe_text(f"* changed by you (r: back to the recommended value){f' · {reason}' if reason else ''}")
+        else:
+            note = safe_text(" · ".join(part for part in (origin, reason, bounds_of(self.key) if not reason else "") if part))
+        self._note.set_class(bool(problem), "problem")
+        self._note.update(note, layout=False)
+
+    def help_for(self) -> tuple[str, str]:
+        """Return title and explanation for the help."""
+        bounds = bounds_of(self.key)
+        return label_of(self.key), f"{help_of(self.key)}\n\n{self.key}{f': {bounds}' if bounds else ''}"
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        """Pass a typed change on."""
+        event.stop()
+        self.post_message(self.Changed(self.key, event.value))
+
+    def on_choice_changed(self, event: Choice.Changed) -> None:
+        """Pass a choice on."""
+        event.stop()
+        self.post_message(self.Changed(self.key, event.value))
+
+
+class Status(Static):
+    """Text about what is going on or was found; foreign text comes in through `say` only."""
+
+    def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:
+        super().__init__("", id=id, classes=classes, markup=False)
+
+    def say(self, text: str | Text) -> None:
+        """Show `text`; a string is made safe, newlines kept."""
+        self.update(text if isinstance(text, Text) else safe_text(text, lines=True))
+
+
+def field_id(key: str) -> str:
+    """Return the widget id of a setting's field."""
+    return "field-" + key.replace(".", "-")
+
+
+def told(error: BaseException) -> Text:
+    """Return an error in its three parts: what happened, why, what to do."""
+    what, why, fix = (getattr(error, part, "") for part in ("what", "why", "fix"))
+    text = Text("✗ ", style="bold")
+    text.append(safe_str(what or f"{type(error).__name__}: {error}", lines=True), style="bold")
+    for part in (why, fix):
+        if part:
+            text.append("\n  " + safe_str(part, lines=True))
+    return text

@@ -1,0 +1,145 @@
+"""Second page: which base model, and what it turns out to be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from rich.text import Text
+from textual import on
+from textual.app import ComposeResult
+from textual.widgets import Input, OptionList, Static
+
+from lorasmith.tui.draft import DEMO
+from lorasmith.tui.forms import SafeInput, Status, told
+from lorasmith.tui.screens.page import WizardPage
+from lorasmith.tui.text import safe_str
+
+if TYPE_CHECKING:
+    from lorasmith.tui.findings import FoundBase
+
+CHOICES = {
+    "demo": "Demo: the small base model that comes along; trains in minutes on a CPU",
+    "hub": "From the Hugging Face Hub: owner/name",
+    "local": "A folder or .safetensors file on this machine",
+}
+_PLACEHOLDERS = {"hub": "stable-diffusion-v1-5/stable-diffusion-v1-5", "local": "/path/to/model.safetensors"}
+
+
+class BaseModelPage(WizardPage):
+    """A choice of three; what was typed for one stays when another is chosen."""
+
+    PAGE = "base_model"
+    AUTO_FOCUS = "#choice"
+    HELP_TEXT: ClassVar[str] = (
+        "The base model is what the LoRA is trained for; it works with that base and its relatives only.\n\n"
+        "Hub: the id as on huggingface.co, e.g. stable-diffusion-v1-5/stable-diffusion-v1-5. It is downloaded once. For a "
+        "gated model accept its licence on its page and run `hf auth login` first.\n"
+        "Local: a diffusers folder (with model_index.json) or one .safetensors file."
+    )
+
+    def compose_body(self) -> ComposeResult:
+        """The choice, the id or path, and what was found."""
+        yield OptionList(*CHOICES.values(), id="choice", compact=True, markup=False)
+        yield Static("", id="model-label", classes="gap", markup=False)
+        yield SafeInput("", id="model")
+        yield Status(id="found", classes="gap")
+
+    def on_mount(self) -> None:
+        """Choose what the draft says; the demo is looked at right away, since that costs nothing."""
+        draft = self.wizard.draft
+        chosen = draft.kept.get("choice") or self._guess()
+        draft.kept["choice"] = chosen
+        if chosen != DEMO:
+            draft.kept.setdefault(chosen, str(draft.answers.get("base.model", "")))
+        self.query_one("#choice", OptionList).highlighted = list(CHOICES).index(chosen)
+        self._show_choice()
+        super().on_mount()
+        if draft.is_demo or self.wizard.looks.get("base_model") is not None:
+            self.wizard.look_at_base()
+
+    def _guess(self) -> str:
+        model = str(self.wizard.draft.answers.get("base.model", ""))
+        return DEMO if model in ("", DEMO) else "local" if model.startswith((".", "/", "~")) else "hub"
+
+    @property
+    def chosen(self) -> str:
+        """The name of the current choice."""
+        return self.wizard.draft.kept.get("choice", DEMO)
+
+    def _show_choice(self) -> None:
+        typed = self.chosen != DEMO
+        model = self.query_one("#model", SafeInput)
+        label = self.query_one("#model-label", Static)
+        model.display = label.display = typed
+        if typed:
+            label.update("Hub id" if self.chosen == "hub" else "Folder or file")
+            model.placeholder = _PLACEHOLDERS[self.chosen]
+            with self.prevent(Input.Changed):
+                model.value = self.wizard.draft.kept.get(self.chosen, "")
+
+    @on(OptionList.OptionHighlighted, "#choice")
+    def _choice_moved(self, event: OptionList.OptionHighlighted) -> None:
+        name = list(CHOICES)[event.option_index]
+        if name == self.chosen:
+            return
+        kept = self.wizard.draft.kept
+        kept["choice"] = name
+        self.wizard.change("base.model", DEMO if name == DEMO else kept.get(name, ""))
+        self._show_choice()
+        if name == DEMO:
+            self.wizard.look_at_base()
+        self.refresh_page()
+
+    @on(OptionList.OptionSelected, "#choice")
+    def _choice_taken(self, event: OptionList.OptionSelected) -> None:
+        event.stop()
+        if self.chosen == DEMO:
+            self.action_next()
+        else:
+            self.query_one("#model", SafeInput).focus()
+
+    @on(Input.Changed, "#model")
+    def _typed(self, event: Input.Changed) -> None:
+        self.wizard.draft.kept[self.chosen] = event.value
+        self.wizard.change("base.model", event.value)
+
+    def accept(self) -> bool:
+        """Look at a new id or path first; a recognised base, or a second Enter, goes on."""
+        known = self.wizard.current("base_model")
+        look = self.wizard.look_at_base(again=True)
+        self.refresh_page()
+        if look is None:
+            self.hint("Type an id or a path first; n or the step list goes on without.")
+            return False
+        return self.chosen == DEMO or known is not None and known is look
+
+    def refresh_page(self) -> None:
+        """Show what the base turned out to be."""
+        look = self.wizard.current("base_model")
+        found = self.query_one("#found", Status)
+        if look is None:
+            found.say("Press Enter to look at it; a Hub model is downloaded then." if self.chosen != DEMO else "")
+        elif not look.done:
+            found.say(look.progress())
+        elif look.error is not None:
+            found.say(told(look.error))
+        else:
+            found.say(base_text(look.value))
+        self.hint("Up and down: choose · Enter: accept")
+
+
+def base_text(found: FoundBase) -> Text:
+    """Return label, licence and its consequence, native resolution, and what is missing."""
+    spec, identity = found.family.SPEC, found.identity
+    text = Text("✓ ")
+    text.append(safe_str(identity.label), "bold")
+    text.append(f"\n  Trained at {identity.native_resolution} pixels · {identity.parameters / 1e6:,.1f} M parameters\n")
+    text.append(f"  Licence: {safe_str(spec.license.name)}. {safe_str(spec.license.consequence)}\n")
+    text.append(f"  {safe_str(spec.license.url)}\n", "dim")
+    if identity.parts_missing:
+        text.append(f"! Missing in these files: {safe_str(', '.join(identity.parts_missing))}\n")
+    text.append(f"  {safe_str(found.files.path)}", "dim")
+    return text
+
+
+PAGE_CLASS = BaseModelPage

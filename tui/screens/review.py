@@ -1,0 +1,216 @@
+"""Last page: what will be trained, everything that is still wrong, the run file and the command that does the same."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from typing import TYPE_CHECKING, ClassVar
+
+from rich.text import Text
+from textual import on
+from textual.app import ComposeResult
+from textual.binding import BindingType
+from textual.widgets import Button, OptionList, Static
+
+from lorasmith.engine.errors import LorasmithError
+from lorasmith.tui.actions import bindings
+from lorasmith.tui.clipboard import copy_text
+from lorasmith.tui.draft import PAGES, state_folder
+from lorasmith.tui.fields import label_of
+from lorasmith.tui.forms import Status, told
+from lorasmith.tui.screens.page import WizardPage
+from lorasmith.tui.text import safe_str, safe_text
+
+if TYPE_CHECKING:
+    from lorasmith.engine.run_file import ResolvedConfig
+    from lorasmith.tui.draft import Problem
+
+
+class ReviewPage(WizardPage):
+    """Start is blocked until every problem is solved; Enter on a problem leads to its field."""
+
+    PAGE = "review"
+    AUTO_FOCUS = "#problems, #next"
+    BINDINGS: ClassVar[list[BindingType]] = [*bindings("review")]
+    HELP_TEXT: ClassVar[str] = (
+        "Everything that will be trained, as the run file that `lorasmith train` takes. y copies the command, t the file.\n\n"
+        "Start makes a run folder and begins. While problems are listed, Enter on one leads to its field."
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._waiting = False
+        self._shown: list[Problem] | None = None
+
+    def compose_body(self) -> ComposeResult:
+        """State, problems, command, run file."""
+        yield Status(id="state")
+        yield OptionList(id="problems", markup=False, compact=True)
+        yield Status(id="command", classes="gap")
+        yield Static("", id="toml", classes="gap", markup=False)
+
+    def compose_buttons(self) -> ComposeResult:
+        """Copy and Start."""
+        yield Button("Copy command (y)", id="copy", compact=True)
+        yield Button("Start training", id="next", variant="success", compact=True)
+
+    def on_mount(self) -> None:
+        """Look at what was skipped, and show everything."""
+        self.wizard.look_at_base()
+        self.wizard.look_at_dataset()
+        super().on_mount()
+        if self.query_one("#problems").display:
+            self.query_one("#problems").focus()
+        else:
+            self.query_one("#next").focus()
+
+    def _pending(self) -> list[str]:
+        names = {"base_model": "the base model", "dataset": "the pictures", "start": "the start"}
+        found = [(words, self.wizard.current(name)) for name, words in names.items()]
+        return [f"{words}: {look.progress()}" for words, look in found if look is not None and not look.done]
+
+    def draft_changed(self) -> None:
+        """Show the change, and start by itself if that was asked for before the checks were done."""
+        super().draft_changed()
+        if self._waiting and not self._pending():
+            self._waiting = False
+            self.action_next()
+
+    def refresh_page(self) -> None:
+        """Show the problems, or the run."""
+        problems = self.wizard.problems()
+        self._show_problems(problems)
+        self._show_state(problems)
+        resolved = self._resolved()
+        if resolved is None:
+            self.query_one("#toml", Static).update("The run file can be shown when the problems above are solved.")
+            self.query_one("#command", Status).say("")
+            return
+        from lorasmith.engine.run_file import to_toml
+
+        command = Text("The same without the wizard (y copies it)\n", "bold")
+        command.append(f"  {safe_str(self._command())}")
+        self.query_one("#command", Status).say(command)
+        self.query_one("#toml", Static).update(safe_text(to_toml(resolved), lines=True))
+
+    def _resolved(self) -> ResolvedConfig | None:
+        try:
+            return self.wizard.draft.resolve(self.wizard.advice())
+        except LorasmithError:
+            return None
+
+    def _show_problems(self, problems: list[Problem]) -> None:
+        listed = self.query_one("#problems", OptionList)
+        listed.display = bool(problems)
+        self.query_one("#next", Button).disabled = bool(problems)
+        if problems == self._shown:
+            return
+        self._shown = problems
+        listed.clear_options()
+        for problem in problems:
+            listed.add_option(safe_text(f"! {PAGES[problem.page]} · {label_of(problem.key)}: {problem.message}"))
+        if problems:
+            listed.highlighted = 0
+
+    def _show_state(self, problems: list[Problem]) -> None:
+        state = self.query_one("#state", Status)
+        start = self.wizard.looks.get("start")
+        pending = self._pending()
+        text = Text()
+        if start is not None and start.error is not None:
+            text.append_text(told(start.error)).append("\n")
+        if problems:
+            count = len(problems)
+            text.append(f"✗ {count} thing{'s' if count > 1 else ''} to solve before the start; Enter leads there", "bold")
+        else:
+            text.append("✓ Ready to train" if not pending else "Checking", "bold")
+            text.append(f"\n{safe_str(self._summary(), lines=True)}")
+        for line in pending:
+            text.append(f"\n  {safe_str(line)}")
+        if self._waiting:
+            text.append("\n  Training starts by itself when this is done.")
+        if note := _connection_note(os.environ):
+            text.append(f"\n! {note}")
+        state.say(text)
+        self.hint("Enter: start training · Page Up and Down: scroll the run file")
+
+    def _summary(self) -> str:
+        resolved, found = self._resolved(), self.wizard.dataset
+        if resolved is None:
+            return ""
+        config = resolved.config
+        pictures = f"{len(found.pictures)} pictures" if found is not None else config.dataset.folder
+        base = self.wizard.base.identity.label if self.wizard.base is not None else config.base.model
+        return (
+            f"  {config.run.name}: {pictures}, trigger {config.captions.trigger}, on {base}\n"
+            f"  {config.train.steps:,} steps of {config.train.batch_size}, {config.adapter.kind} rank {config.adapter.rank}, "
+            f"{config.optimizer.name} at {config.optimizer.learning_rate:g}, {config.dataset.resolution} pixels"
+        )
+
+    def _command(self) -> str:
+        return f"lorasmith train {shlex.quote(str(state_folder() / 'run.toml'))}"
+
+    def accept(self) -> bool:
+        """Start, now or when the checks are done; never leave the page by itself."""
+        if self.wizard.problems():
+            self.hint("Solve what is listed first; Enter on a line leads to its field.")
+            return False
+        if self._pending():
+            self._waiting = True
+            self.refresh_page()
+            return False
+        resolved = self._resolved()
+        if resolved is not None:
+            self.wizard.start(resolved)
+            self.refresh_page()
+        return False
+
+    @on(OptionList.OptionSelected, "#problems")
+    def _problem_taken(self, event: OptionList.OptionSelected) -> None:
+        event.stop()
+        if self._shown:
+            problem = self._shown[event.option_index]
+            self.wizard.visit(problem.page, problem.key)
+
+    @on(Button.Pressed, "#copy")
+    def _copy_pressed(self) -> None:
+        self.action_copy_command()
+
+    def action_copy_command(self) -> None:
+        """Write the run file and copy the command that trains from it."""
+        if path := self._write_run_file():
+            self.notify(copy_text(self.app, self._command(), path), markup=False)
+
+    def action_copy_toml(self) -> None:
+        """Write the run file and copy its text."""
+        resolved = self._resolved()
+        if resolved is not None and (path := self._write_run_file()):
+            from lorasmith.engine.run_file import to_toml
+
+            self.notify(copy_text(self.app, to_toml(resolved), path), markup=False)
+
+    def _write_run_file(self) -> str:
+        from lorasmith.engine.run_file import to_toml
+        from lorasmith.engine.storage import atomic_write
+
+        resolved = self._resolved()
+        if resolved is None:
+            self.hint("The run file can be copied when the problems are solved.")
+            return ""
+        path = state_folder() / "run.toml"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            atomic_write(path, to_toml(resolved).encode())
+        except (OSError, LorasmithError) as error:
+            self.hint(f"Cannot write {path}: {error}")
+            return ""
+        return str(path)
+
+
+def _connection_note(environment: os._Environ[str]) -> str:
+    if "SSH_CONNECTION" in environment and not {"TMUX", "STY"} & set(environment):
+        return "On SSH without tmux, only this terminal shows the run: `tmux new -s lora lorasmith` can be left and come back to."
+    return ""
+
+
+PAGE_CLASS = ReviewPage

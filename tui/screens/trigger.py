@@ -1,0 +1,109 @@
+"""Fourth page: the word that calls the LoRA, as the base's own tokenizers read it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from rich.text import Text
+from textual import on
+from textual.app import ComposeResult
+from textual.widgets import Input, Static
+
+from lorasmith.tui.findings import Word, read_word, trigger_warnings
+from lorasmith.tui.forms import SafeInput, Status, told
+from lorasmith.tui.screens.page import WizardPage
+from lorasmith.tui.text import safe_str
+
+
+class TriggerPage(WizardPage):
+    """One word; the warnings change while it is typed."""
+
+    PAGE = "trigger"
+    AUTO_FOCUS = "#trigger"
+    HELP_TEXT: ClassVar[str] = (
+        "The trigger word is put once and first into every caption, and you put it into a prompt to call the LoRA. "
+        "A short rare word of letters works best, such as zqx or ohwx: the base then has no meaning of its own for it.\n\n"
+        "Captions should describe what may change (pose, background, light); what they leave out goes into the trigger."
+    )
+
+    def compose_body(self) -> ComposeResult:
+        """The word, its tokens, and a caption with it."""
+        yield Static("Trigger word", markup=False)
+        yield SafeInput(self.wizard.draft.text("captions.trigger", self.wizard.advice()), id="trigger", placeholder="zqx")
+        yield Status(id="problem")
+        yield Status(id="tokens", classes="gap")
+        yield Status(id="example", classes="gap")
+
+    def on_mount(self) -> None:
+        """Load the tokenizers while the word is typed."""
+        super().on_mount()
+        self.wizard.look_at_base()
+        self._look_at_words()
+
+    def _look_at_words(self) -> None:
+        if self.wizard.looks.get("base_model") is not None:
+            self.wizard.look_at_words()
+        self.refresh_page()
+
+    def draft_changed(self) -> None:
+        """A base that was recognised meanwhile brings its tokenizers."""
+        super().draft_changed()
+        if self.wizard.base is not None and self.wizard.current("words") is None:
+            self._look_at_words()
+
+    @on(Input.Changed, "#trigger")
+    def _typed(self, event: Input.Changed) -> None:
+        self.wizard.change("captions.trigger", event.value)
+
+    def refresh_page(self) -> None:
+        """Show problems, tokens and warnings for the word as it stands."""
+        trigger = self.query_one("#trigger", SafeInput).value
+        problem = next((p.message for p in self.wizard.problems() if p.key == "captions.trigger"), "")
+        self.query_one("#problem", Status).say(f"✗ {problem}" if problem else "")
+        self._show_tokens(trigger.strip())
+        self._show_example(trigger)
+        self.hint("Enter: accept · F1: how to choose a trigger")
+
+    def _show_tokens(self, trigger: str) -> None:
+        tokens = self.query_one("#tokens", Status)
+        look = self.wizard.current("words")
+        if not trigger:
+            tokens.say("")
+        elif look is None:
+            tokens.say("The base model is not known yet, so the word cannot be checked against its vocabulary.")
+        elif not look.done:
+            tokens.say(f"Checking the word against the base's vocabulary: {look.progress()}")
+        elif look.error is not None:
+            tokens.say(told(look.error))
+        else:
+            words = [read_word(tokenizer, trigger) for tokenizer in look.value]
+            tokens.say(tokens_text(words, trigger))
+
+    def _show_example(self, trigger: str) -> None:
+        from lorasmith.engine.dataset.captions import compose
+
+        found = self.wizard.dataset
+        if found is None or not found.pictures or not trigger.strip():
+            return
+        text = Text("The first caption with it\n", "bold")
+        text.append(f"  {safe_str(compose(found.pictures[0].caption, trigger))}")
+        self.query_one("#example", Status).say(text)
+
+
+def tokens_text(words: list[Word], trigger: str) -> Text:
+    """Return how each text encoder reads the word, and the warnings."""
+    text = Text("How the base reads it\n", "bold")
+    for word in words:
+        shown = "  ".join(safe_str(token).replace("</w>", "·") for token in word.tokens)
+        count = len(word.tokens)
+        text.append(f"  {shown}   ({count} token{'s' if count != 1 else ''})\n")
+    warnings = trigger_warnings(trigger, words)
+    for warning in warnings:
+        text.append(f"! {warning}\n")
+    if not warnings:
+        text.append("✓ A rare word: nothing else is called by it.")
+    text.rstrip()
+    return text
+
+
+PAGE_CLASS = TriggerPage
