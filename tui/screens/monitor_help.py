@@ -1,0 +1,62 @@
+"""What the monitor shows and which keys it has."""
+
+from __future__ import annotations
+
+from textual import events
+from textual.app import ComposeResult
+from textual.containers import VerticalScroll
+from textual.screen import ModalScreen
+from textual.widgets import Static
+
+TEXT = """\
+The chart shows the loss of each step (dim) and its average (bright). A diffusion loss is noisy and falls little;
+judge by the previews. Training goes on whatever you do here, until you pause or stop it.
+
+  p            pause training after the present step, or go on
+  s            save a checkpoint now
+  v            draw the previews now
+  x            stop: asks, saves a checkpoint, ends; the run can be resumed
+  space        hold the chart still, or let it go on (training is not touched)
+
+  l            linear or logarithmic y axis
+  [ ]          smooth less, smooth more
+  z            all steps, or only the last ones
+  left right   previews of earlier and later steps
+  up down      another prompt (in the log: older and newer lines)
+  y            copy the path of the LoRA, or of the selected preview
+
+  tab          move between chart, previews and log
+  enter q      leave, when the run is over
+  ctrl+q       quit; asks while training
+
+In tmux, leave the training on its own with: prefix d. Hold Shift to select text with the mouse.
+Arrows scroll, any other key closes this."""
+SCROLL_KEYS = {"up", "down", "pageup", "pagedown", "home", "end"}
+
+
+class MonitorHelp(ModalScreen[None]):
+    """A sheet over the monitor; arrows scroll it, any other key closes it."""
+
+    AUTO_FOCUS = "#monitor-help"
+    DEFAULT_CSS = """
+    MonitorHelp { align: center middle; }
+    MonitorHelp #monitor-help {
+        width: 84; max-width: 96%; height: auto; max-height: 96%; padding: 0 2; background: $surface; border: round $primary;
+    }
+    MonitorHelp Static { height: auto; }
+    """
+
+    def compose(self) -> ComposeResult:
+        """One text."""
+        with VerticalScroll(id="monitor-help"):
+            yield Static(TEXT, markup=False)
+
+    def request_quit(self) -> None:
+        """Close, so that the question of the monitor can be asked."""
+        self.dismiss()
+
+    def on_key(self, event: events.Key) -> None:
+        """Close on any key that does not scroll."""
+        if event.key not in SCROLL_KEYS:
+            event.stop()
+            self.dismiss()

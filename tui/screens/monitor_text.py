@@ -1,0 +1,169 @@
+"""What the monitor says about a run, as text parts: pure functions of the run's state."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from lorasmith.engine.commands import Command
+from lorasmith.tui.glyphs import GlyphSet
+from lorasmith.tui.state import RunState
+from lorasmith.tui.widgets.line import Part
+from lorasmith.tui.widgets.plot import short_number
+
+STAGES = {"load": "loading", "scan": "scanning", "cache": "caching", "train": "training", "finish": "finishing"}
+ASKED = {
+    Command.PAUSE: "pausing after this step",
+    Command.RESUME: "going on",
+    Command.SAVE_NOW: "saving after this step",
+    Command.PREVIEW_NOW: "preview after this step",
+    Command.STOP: "stopping: saving a checkpoint",
+}
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as 0:07, 12:30 or 3:05:00, "-" where they are not known."""
+    if not math.isfinite(seconds):
+        return "-"
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+def speed(seconds_per_step: float) -> str:
+    """Return the speed in the unit that reads well."""
+    if not math.isfinite(seconds_per_step) or seconds_per_step <= 0:
+        return "-"
+    return f"{1 / seconds_per_step:.1f} steps/s" if seconds_per_step < 1 else f"{seconds_per_step:.2f} s/step"
+
+
+def headline(state: RunState, asked: Command | None, charts_paused: bool, marks: GlyphSet) -> tuple[list[Part], list[Part]]:
+    """Return the first row: run, stage and device; right, what is asked, paused or over."""
+    mark = f" {marks.separator} "
+    stage = STAGES.get(state.stage or "", "starting") if state.ended is None else state.ended.outcome
+    left: list[Part] = [(state.run or "run", "strong"), (mark + stage, "")]
+    if state.device:
+        left.append((mark + state.device, "dim"))
+    right: list[Part] = []
+    if charts_paused:
+        right.append(("charts paused (space)  ", "high"))
+    if state.ended is not None:
+        roles = {"finished": "good", "stopped": "high", "failed": "critical"}
+        right.append((state.ended.outcome.upper(), roles[state.ended.outcome]))
+    elif state.stopping:
+        right.append((ASKED[Command.STOP].upper(), "high"))
+    elif asked is not None:
+        right.append((ASKED[asked], "high"))
+    elif state.paused:
+        right.append(("PAUSED - p goes on", "high"))
+    return left, right
+
+
+def progress_line(state: RunState, now: float, width: int, marks: GlyphSet) -> tuple[list[Part], list[Part]]:
+    """Return the second row: how far the run or its present stage is, and at what speed."""
+    if state.stage in (None, "load", "scan", "cache") and state.ended is None:
+        return _stage_progress(state, now, width, marks)
+    right = f"{speed(state.seconds_per_step)}   ETA {duration(state.eta_seconds)}"
+    if state.ended is not None:
+        right = f"took {duration(state.ended.time - state.started_at)}"
+    words = f"Step {state.step}/{state.total_steps} "
+    return _with_bar(words, state.fraction, right, width, marks)
+
+
+def _stage_progress(state: RunState, now: float, width: int, marks: GlyphSet) -> tuple[list[Part], list[Part]]:
+    elapsed = duration(max(0.0, now - state.stage_since)) if state.stage_since else "0:00"
+    label = state.stage_label or "Starting the engine"
+    progress = state.progress
+    if progress is None or not progress.total:
+        return [(label, "")], [(f"{elapsed} so far", "dim")]
+    words = f"{progress.label or label} {progress.done}/{progress.total} "
+    return _with_bar(words, progress.done / progress.total, f"{elapsed} so far", width, marks)
+
+
+def _with_bar(words: str, fraction: float, right: str, width: int, marks: GlyphSet) -> tuple[list[Part], list[Part]]:
+    percent = f" {100 * fraction:.0f} %"
+    room = min(60, width - len(words) - len(percent) - len(right) - 3)
+    parts: list[Part] = [(words, "strong")]
+    if room >= 5:
+        full = round(room * fraction)
+        parts += [(marks.bar_full * full, "bar"), (marks.bar_empty * (room - full), "dim")]
+    return [*parts, (percent, "")], [(right, "")]
+
+
+def numbers_line(state: RunState, smoothed: str, marks: GlyphSet) -> list[Part]:
+    """Return the third row: loss, learning rate, gradient, epoch, the newest checkpoint."""
+    if not len(state.losses):
+        if state.dataset is None:
+            return []
+        data = state.dataset
+        buckets = ", ".join(f"{count} of {size}" for size, count in list(data.buckets.items())[:4])
+        return [(f"{data.images} pictures ({buckets}), {data.refused} refused, {data.steps_per_epoch} steps an epoch", "dim")]
+    mark = f" {marks.separator} "
+    last = float(state.losses.values[-1])
+    parts: list[Part] = [("loss ", "dim"), (short_number(last) if math.isfinite(last) else "not finite", "strong")]
+    for name, value in (
+        ("smoothed", smoothed),
+        ("learning rate", _rate(state.learning_rate)),
+        ("gradient", _rate(state.grad_norm)),
+        ("epoch", str(state.epoch)),
+        ("checkpoint", f"step {state.checkpoints[-1].step}" if state.checkpoints else "none yet"),
+    ):
+        parts += [(f"{mark}{name} ", "dim"), (value, "")]
+    invalid = state.num_invalid_losses
+    if invalid:
+        parts += [(f"{mark}{invalid} losses not finite", "critical")]
+    return parts
+
+
+def _rate(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:.2g}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def summary_rows(state: RunState) -> list[list[Part]]:
+    """Return what to know when the run is over: how it ended, where the LoRA and the previews are, what to do next."""
+    ended = state.ended
+    if ended is None:
+        return []
+    role = {"finished": "good", "stopped": "high", "failed": "critical"}[ended.outcome]
+    rows: list[list[Part]] = [[(f"{ended.outcome.capitalize()}: ", role), (ended.message, "strong")]]
+    rows += [[(text, "")] for text in (ended.why, ended.fix) if text]
+    rows += [[("LoRA      ", "dim"), (item.path, "strong")] for item in state.exports]
+    sheet = preview_sheet(state)
+    if sheet:
+        rows.append([("Previews  ", "dim"), (sheet, "")])
+    return [*rows, *([("Next      ", "dim"), (text, "")] for text in next_steps(state))]
+
+
+def preview_sheet(state: RunState) -> str:
+    """Return the sheet of all previews where one was written, else the folder of the previews, "" without previews."""
+    if not state.previews:
+        return ""
+    folder = Path(state.previews[-1].path).parent
+    for path in (folder / "sheet.png", folder.parent / "previews.png", folder / "index.html"):
+        if path.exists():
+            return str(path)
+    return str(folder)
+
+
+def run_folder(state: RunState) -> str:
+    """Return the run's folder as its results tell it, "" before there are any."""
+    for item in (*state.checkpoints, *state.exports, *state.previews):
+        for parent in Path(item.path).parents:
+            if parent.name in ("checkpoints", "export", "previews"):
+                return str(parent.parent)
+    return ""
+
+
+def next_steps(state: RunState) -> list[str]:
+    """Return what the user can do now, one sentence each."""
+    ended = state.ended
+    steps = []
+    if state.exports:
+        trigger = str(state.config.get("captions", {}).get("trigger", ""))
+        prompt = f' and write "{trigger}" in the prompt' if trigger else ""
+        steps.append(f"Copy the LoRA into models/loras of ComfyUI or models/Lora of Forge{prompt}.")
+    if ended is not None and ended.outcome != "finished" and state.checkpoints:
+        steps.append(f"Go on from step {state.checkpoints[-1].step}: lorasmith train --resume {run_folder(state)}")
+    return steps

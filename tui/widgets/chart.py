@@ -1,0 +1,108 @@
+"""The live loss chart: the raw curve dim, its average bright, drawn in braille, half blocks or ASCII."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from rich.segment import Segment
+from textual.strip import Strip
+
+from lorasmith.tui.state import Curve
+from lorasmith.tui.widgets.line import Painted, Part, glyphs
+from lorasmith.tui.widgets.plot import SMOOTHINGS, WINDOWS, PlotView, Row, Smoother, draw_plot, short_number
+
+
+class LossChart(Painted, can_focus=True):
+    """One curve over the steps; `show` gives it the newest, and it repaints only if that or the view changed."""
+
+    COMPONENT_CLASSES: ClassVar[set[str]] = {"chart--axis", "chart--raw", "chart--smooth"}
+    DEFAULT_CSS = """
+    LossChart {
+        height: 1fr; width: 1fr;
+        & > .chart--axis { color: $foreground 60%; }
+        & > .chart--raw { color: $foreground 45%; }
+        & > .chart--smooth { color: $accent; text-style: bold; }
+    }
+    """
+
+    def __init__(self, *, id: str | None = None) -> None:
+        """Start without a curve."""
+        super().__init__(id=id)
+        self.view = PlotView(glyphs=glyphs())
+        self.waiting = "The loss appears here after the first steps."
+        self._curve = Curve()
+        self._smoother = Smoother()
+        self._strips: list[Strip] | None = None
+
+    def show(self, curve: Curve) -> None:
+        """Show `curve`."""
+        if curve is not self._curve:
+            self._curve = curve
+            self._repaint()
+
+    def change_view(self, **changes: object) -> None:
+        """Show the same curve in another way: fields of PlotView."""
+        self.view = dataclasses.replace(self.view, **changes)  # type: ignore[arg-type]
+        self._repaint()
+
+    def toggle_log(self) -> None:
+        """Switch between a linear and a logarithmic y axis."""
+        self.change_view(log_y=not self.view.log_y)
+
+    def smooth_more(self, direction: int) -> None:
+        """Go up or down the list of smoothings."""
+        at = SMOOTHINGS.index(self.view.smoothing) + direction
+        self.change_view(smoothing=SMOOTHINGS[max(0, min(at, len(SMOOTHINGS) - 1))])
+
+    def next_window(self) -> None:
+        """Show the whole run, then its last steps, fewer each time, then the whole again."""
+        self.change_view(window=WINDOWS[(WINDOWS.index(self.view.window) + 1) % len(WINDOWS)])
+
+    def title(self) -> list[Part]:
+        """Return the row above the plot: what the two curves are and how they are shown."""
+        view, mark = self.view, f" {self.view.glyphs.separator} "
+        parts: list[Part] = [("Loss", "strong"), ("  raw", "dim")]
+        if view.smoothing:
+            parts += [(mark, "dim"), (f"smoothed {view.smoothing:g}", "bar")]
+        scale = "log y" if view.log_y else "linear y"
+        return [*parts, (mark + scale + mark + (f"last {view.window} steps" if view.window else "all steps"), "dim")]
+
+    def notify_style_update(self) -> None:
+        """Draw anew in the new theme."""
+        super().notify_style_update()
+        self._strips = None
+
+    def on_resize(self) -> None:
+        """Draw anew in the new size."""
+        self._repaint()
+
+    def _repaint(self) -> None:
+        self._strips = None
+        self.refresh()
+
+    def _draw(self, width: int, height: int) -> list[Strip]:
+        strips = [self.paint(self.title(), width)]
+        if not len(self._curve):
+            blank = Strip.blank(width, self.rich_style)
+            middle = self.paint([(f"{self.waiting:^{width}}", "dim")], width)
+            return strips + [middle if y == height // 2 else blank for y in range(1, height)]
+        smoothed = self._smoother.smooth(self._curve, self.view.smoothing)
+        rows = draw_plot(self._curve, smoothed, width, height - 1, self.view)
+        return strips + [self._strip(row) for row in rows]
+
+    def _strip(self, row: Row) -> Strip:
+        styles = {layer: self.get_component_rich_style(f"chart--{layer}") for layer in ("axis", "raw", "smooth")}
+        return Strip([Segment(text, styles[layer]) for text, layer in row], sum(len(text) for text, _ in row))
+
+    def render_line(self, y: int) -> Strip:
+        """Return row `y`, drawn once for all rows."""
+        width, height = self.size
+        if self._strips is None:
+            self._strips = self._draw(width, height)
+        return self._strips[y] if y < len(self._strips) else Strip.blank(width, self.rich_style)
+
+    def smoothed_loss(self) -> str:
+        """Return the newest average in three digits, "-" where there is none."""
+        smoothed = self._smoother.smooth(self._curve, self.view.smoothing)
+        return short_number(float(smoothed[-1])) if len(smoothed) else "-"
