@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,8 @@ class Adapter:
 
     modules: list[AdapterModule]
     dropouts: list[nn.Dropout] = field(default_factory=list)
-    layers: list[nn.Module] = field(default_factory=list)
+    layers: list[Any] = field(default_factory=list)
+    """The peft layers, each around the base model's own layer."""
 
     def parameters(self) -> list[nn.Parameter]:
         """Return all trained parameters: down and up of each module in turn."""
@@ -167,7 +169,7 @@ def _attach(
     root.requires_grad_(False)
     inject_adapter_in_model(config, root, _PEFT_NAME)
     for path in sorted(layers):
-        layer = root.get_submodule(path)
+        layer: Any = root.get_submodule(path)
         down, up = layer.lora_A[_PEFT_NAME], layer.lora_B[_PEFT_NAME]
         # peft makes them in the base's type, and bf16 weights would swallow small updates.
         down.to(torch.float32)

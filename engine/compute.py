@@ -1,0 +1,111 @@
+"""Where a training computes and in which number format, and how it shares this process with the screen."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import importlib.metadata
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from lorasmith.engine.config import TrainSettings
+from lorasmith.engine.errors import HardwareError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PACKAGES = (
+    "lorasmith",
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "bitsandbytes",
+    "pytorch-optimizer",
+)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and in which number format the base model works; `label` is for people."""
+
+    device: torch.device
+    dtype: torch.dtype
+    label: str
+
+
+@contextlib.contextmanager
+def engine_threads() -> Iterator[None]:
+    """Leave one core to the screen while training on the CPU, and undo the garbage collector's freeze at the end.
+
+    As many torch threads as cores would let a key press wait 250 ms. The number is the calling thread's own.
+    """
+    if not os.environ.get("OMP_NUM_THREADS"):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores - 1))
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def freeze_garbage() -> None:
+    """Take what is loaded out of the garbage collector's sight: a full pass over it stops every thread for 0.3 s."""
+    gc.collect()
+    gc.freeze()
+
+
+def choose_compute(settings: TrainSettings) -> Compute:
+    """Return the device and number format for `settings`.
+
+    Raises HardwareError where the device is not there or cannot compute in that format.
+    """
+    device = _choose_device(settings.device)
+    precision: str = settings.precision
+    if precision == "auto":
+        precision = "fp32" if device.type == "cpu" else "bf16" if _has_bf16(device) else "fp16"
+    if precision == "bf16" and device.type == "cuda" and not _has_bf16(device):
+        raise HardwareError(
+            f"{torch.cuda.get_device_name(device)} cannot compute in bf16.", fix="Set train.precision to fp16 or fp32."
+        )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return Compute(device, DTYPES[precision], f"{name}, {precision}")
+
+
+@functools.cache
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that determine the result of a training."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _choose_device(wanted: str) -> torch.device:
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise HardwareError(
+            f"train.device is {wanted}, but torch sees no NVIDIA GPU.",
+            why=f"This torch is {torch.__version__}.",
+            fix="Set train.device to cpu, or see what `lorasmith doctor` says about the driver.",
+        )
+    if wanted in ("auto", "cuda"):
+        return torch.device("cuda", 0)
+    for index in range(torch.cuda.device_count()):
+        uuid = str(torch.cuda.get_device_properties(index).uuid)
+        if wanted.removeprefix("GPU-").lower() == uuid.lower():
+            return torch.device("cuda", index)
+    raise HardwareError(
+        f"There is no device {wanted}.", fix="Use auto, cpu, cuda, or a GPU's UUID as `lorasmith doctor` lists it."
+    )
+
+
+def _has_bf16(device: torch.device) -> bool:
+    # Hopper to Ampere; torch.cuda.is_bf16_supported also counts slow emulation.
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

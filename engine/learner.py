@@ -1,0 +1,149 @@
+"""One optimizer step: the part of training that runs thousands of times, and nothing else.
+
+Nothing here waits for the device: losses and gradient norms come back as tensors on it, and whoever wants numbers reads
+many at once. No events, no files and no commands, so that a benchmark or a test can call `run_step` by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lorasmith.engine.adapters import Adapter
+from lorasmith.engine.config import RunConfig
+from lorasmith.engine.dataset.loader import Batch, Loader
+from lorasmith.engine.draws import draw_key
+from lorasmith.engine.families import Conditioning, Family
+from lorasmith.engine.lr_schedules import lr_factor
+from lorasmith.engine.objectives import DdpmObjective, build_objective, weighted_loss
+from lorasmith.engine.optimizers import (
+    build_optimizer,
+    effective_rate,
+    load_optimizer,
+    optimizer_tensors,
+    set_learning_rates,
+)
+
+TensorGroups = dict[str, dict[str, Tensor]]
+
+
+@dataclass
+class Learner:
+    """Everything that a step needs. `conditionings` holds cached prompts, None while the text encoder is trained."""
+
+    family: Family
+    adapter: Adapter
+    objective: DdpmObjective
+    optimizer: Optimizer
+    loader: Loader
+    conditionings: Mapping[str, Conditioning] | None
+    config: RunConfig
+    scaler: torch.amp.GradScaler | None
+
+    def run_step(self, step: int) -> tuple[Tensor, Tensor]:
+        """Do the optimizer step that follows `step` finished ones.
+
+        Returns the loss (mean over micro-batches) and the gradient norm before clipping, both still on the device.
+        """
+        train, seed = self.config.train, self.config.run.seed
+        set_learning_rates(self.optimizer, lr_factor(self.config.schedule, step, train.steps))
+        num_micro = train.gradient_accumulation
+        losses = []
+        for part in range(num_micro):
+            batch = self.loader.batch(step * num_micro + part)
+            if self.adapter.dropouts:
+                torch.manual_seed(draw_key(seed, "dropout", step, part))
+            loss = self.batch_loss(batch, step, part * train.batch_size)
+            scaled = loss / num_micro if num_micro > 1 else loss
+            (self.scaler.scale(scaled) if self.scaler else scaled).backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+        norm = self._update()
+        return (losses[0] if num_micro == 1 else torch.stack(losses).mean()), norm
+
+    def batch_loss(self, batch: Batch, step: int, first: int) -> Tensor:
+        """Return the loss of one micro-batch; `first` is the place of its first picture among those of the step."""
+        device, dtype = self.family.device, self.family.dtype
+        latents = batch.latents.to(device, torch.float32, non_blocking=True)
+        weights = batch.weights.to(device, non_blocking=True)
+        noisy = self.objective.prepare(latents, weights, step, first)
+        conditioning = self.family.collate(self._conditionings(batch.captions))
+        prediction = self.family.predict(noisy.noisy.to(dtype), noisy.timesteps, conditioning)
+        return weighted_loss(prediction, noisy)
+
+    def state(self) -> tuple[TensorGroups, dict[str, Any]]:
+        """Return what a resume needs as tensors on the CPU by group name and a JSON-ready rest."""
+        tensors, rest = optimizer_tensors(self.optimizer)
+        scaler = self.scaler.state_dict() if self.scaler else None
+        return {"adapter": self.adapter.state_dict(), "optimizer": tensors}, {"optimizer": rest, "scaler": scaler}
+
+    def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], rest: Mapping[str, Any]) -> None:
+        """Continue from what `state` returned; raises CheckpointError where it belongs to another run."""
+        self.adapter.load_state_dict(tensors["adapter"])
+        load_optimizer(self.optimizer, tensors["optimizer"], rest["optimizer"])
+        if self.scaler and rest["scaler"]:
+            self.scaler.load_state_dict(rest["scaler"])
+
+    def learning_rate(self) -> float:
+        """Return the rate of the last step's first parameter group."""
+        return effective_rate(self.optimizer)
+
+    def _conditionings(self, captions: list[str]) -> list[Conditioning]:
+        if self.conditionings is None:
+            return self.family.encode_prompts(captions)
+        return [self.conditionings[caption] for caption in captions]
+
+    def _update(self) -> Tensor:
+        """Clip, step and clear the gradients; returns their norm before clipping."""
+        parameters = self.adapter.parameters()
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
+        limit = self.config.optimizer.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else float("inf"))
+        if self.scaler:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+def build_learner(
+    family: Family,
+    adapter: Adapter,
+    loader: Loader,
+    conditionings: Mapping[str, Conditioning] | None,
+    config: RunConfig,
+) -> Learner:
+    """Put together the objective, optimizer and scaler that `config` asks for; dropout is switched on."""
+    if config.train.gradient_checkpointing:
+        _enable_checkpointing(family, config)
+    adapter.train()
+    # Small fp16 gradients vanish: the loss is scaled up before the backward pass, and the gradients down after it.
+    scaler = torch.amp.GradScaler(family.device.type) if family.dtype == torch.float16 else None
+    return Learner(
+        family=family,
+        adapter=adapter,
+        objective=build_objective(family, config.objective, config.run.seed),
+        optimizer=build_optimizer(adapter, config.optimizer, config.adapter),
+        loader=loader,
+        conditionings=conditionings,
+        config=config,
+        scaler=scaler,
+    )
+
+
+def _enable_checkpointing(family: Family, config: RunConfig) -> None:
+    denoiser: Any = family.denoiser
+    denoiser.enable_gradient_checkpointing()
+    if config.adapter.text_encoder:
+        for encoder in family.text_encoders.values():
+            encoder_any: Any = encoder
+            encoder_any.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # transformers checkpoints in train mode only; these encoders have no dropout of their own.
+            encoder.train()

@@ -1,0 +1,175 @@
+"""What a run needs before its first step: a device, the loaded base model, the dataset, its caches, and a way back in.
+
+Each function is one stage of `engine.trainer.train`; none of them knows the loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lorasmith.engine.adapters import Adapter
+from lorasmith.engine.checkpoints import Checkpoint
+from lorasmith.engine.compute import Compute, package_versions
+from lorasmith.engine.config import RunConfig
+from lorasmith.engine.controls import Host, RunPaths
+from lorasmith.engine.dataset.buckets import BucketPlan, plan_buckets
+from lorasmith.engine.dataset.cache import cache_latents, cache_prompts
+from lorasmith.engine.dataset.loader import Loader
+from lorasmith.engine.dataset.scan import Dataset, require_captions, scan_dataset
+from lorasmith.engine.events import DatasetReady, Event, Logged, Progress, RunStarted, Stage, StageChanged
+from lorasmith.engine.families import Conditioning, Family, identify_base
+from lorasmith.engine.learner import Learner, build_learner
+from lorasmith.engine.previews import preview_prompts
+from lorasmith.engine.sources import BaseFiles, locate_base
+from lorasmith.engine.storage import planned_bytes, require_writable
+
+
+@dataclass(frozen=True)
+class Material:
+    """The dataset as planned, and the captions of its pictures."""
+
+    dataset: Dataset
+    plan: BucketPlan
+    prompts: list[str]
+    """Preview prompts."""
+
+
+def announce(
+    run: RunPaths, config: RunConfig, host: Host, compute: Compute, checkpoint: Checkpoint | None, warnings: list[str]
+) -> None:
+    """Emit RunStarted and what was found about the checkpoints."""
+    resumed_from = checkpoint.step if checkpoint else 0
+    host.emit(
+        RunStarted(
+            run=run.path.name,
+            total_steps=config.train.steps,
+            resumed_from=resumed_from,
+            config=config.model_dump(mode="json"),
+            versions=package_versions(),
+            device=compute.label,
+        )
+    )
+    for warning in warnings:
+        host.emit(Logged(severity="warning", message=warning))
+    if checkpoint:
+        host.emit(Logged(severity="info", message=f"Resuming from the checkpoint of step {resumed_from}."))
+
+
+def load_base(config: RunConfig, compute: Compute, emit: Callable[[Event], None]) -> tuple[BaseFiles, Family]:
+    """Locate, recognise and load the base model."""
+    emit(StageChanged(stage="load", label="Loading the base model"))
+    files = locate_base(config.base.model, config.base.revision, _progress(emit, "load"))
+    module, identity = identify_base(files, config.base.family)
+    if config.base.prediction != "auto":
+        identity = dataclasses.replace(identity, prediction=config.base.prediction)
+    emit(Logged(severity="info", message=f"Base model: {identity.label} ({files.origin}), on {compute.label}."))
+    return files, module.load(files, identity, compute.device, compute.dtype)
+
+
+def read_dataset(config: RunConfig, family: Family, emit: Callable[[Event], None]) -> Material:
+    """Scan the pictures, sort out captions and plan the buckets; each refused file is named in the log."""
+    emit(StageChanged(stage="scan", label="Reading the dataset"))
+    on_progress = _progress(emit, "scan")
+    dataset = scan_dataset(config.dataset, lambda done, total: on_progress("Reading pictures", done, total))
+    dataset = require_captions(dataset, config.dataset)
+    for refusal in dataset.refused:
+        emit(Logged(severity="warning", message=f"Left out {refusal.relative}: {refusal.reason}"))
+    plan = plan_buckets(dataset.items, config.dataset, family.spec.pixel_multiple)
+    batches = plan.batches_per_epoch(config.train.batch_size)
+    emit(
+        DatasetReady(
+            images=len(dataset.items),
+            refused=len(dataset.refused),
+            regularization=sum(item.regularization for item in dataset.items),
+            buckets=plan.counts(),
+            steps_per_epoch=max(1, round(batches / config.train.gradient_accumulation)),
+        )
+    )
+    return Material(dataset, plan, preview_prompts(config, first_caption(dataset)))
+
+
+def first_caption(dataset: Dataset) -> str:
+    """Return the caption of the first picture that has one, or an empty text; regularization comes last."""
+    items = sorted(dataset.items, key=lambda item: (item.regularization, item.relative))
+    return next((item.caption for item in items if item.caption), "")
+
+
+def build_training(
+    config: RunConfig,
+    files: BaseFiles,
+    family: Family,
+    material: Material,
+    adapter: Adapter,
+    emit: Callable[[Event], None],
+    should_stop: Callable[[], bool],
+) -> Learner | None:
+    """Encode pictures and prompts once, let the encoders go, and return the learner; None where the user stopped it."""
+    emit(StageChanged(stage="cache", label="Encoding pictures and captions"))
+    on_progress = _progress(emit, "cache")
+    samples, train_text = material.plan.samples, config.adapter.text_encoder
+
+    def pictures_done(done: int, total: int) -> None:
+        on_progress("Encoding pictures", done, total)
+
+    latents = cache_latents(samples, family, files.fingerprint("vae"), config.dataset, pictures_done, should_stop)
+    if should_stop():
+        return None
+    loader = Loader(material.plan, latents, config)
+    conditionings = None
+    if not train_text:
+        prompts = loader.all_captions(config.train.steps * config.train.gradient_accumulation)
+        prompts |= {*material.prompts, config.previews.negative_prompt}
+        conditionings = cache_prompts(
+            sorted(prompts),
+            family,
+            files.fingerprint("text_encoder"),
+            lambda done, total: on_progress("Encoding captions", done, total),
+            should_stop,
+        )
+        if should_stop():
+            return None
+        family.release_encoders()
+    return build_learner(family, adapter, loader, conditionings, config)
+
+
+def require_space(config: RunConfig, run: RunPaths, num_parameters: int) -> None:
+    """Raise StorageError where the run folder cannot take what is planned to be written to it."""
+    layouts = config.export.layouts
+    pictures = 0
+    if config.previews.every:
+        each = max(1, len(config.previews.prompts) or 2) * len(config.previews.seeds)
+        pictures = each * (config.train.steps // config.previews.every + 1)
+    needed = planned_bytes(
+        num_parameters,
+        optimizer=config.optimizer.name,
+        keep=min(config.checkpoints.keep, 1 + config.train.steps // (config.checkpoints.every or config.train.steps)),
+        num_layouts=len(layouts),
+        export_precision=config.export.precision,
+        num_previews=pictures,
+    )
+    for folder in (run.path, run.checkpoints, run.previews, run.export):
+        require_writable(folder, needed)
+
+
+def preview_conditionings(learner: Learner, material: Material) -> dict[str, Conditioning]:
+    """Return the conditioning of each preview prompt and, last, the negative prompt, by the present text encoder."""
+    prompts = list(dict.fromkeys([*material.prompts, learner.config.previews.negative_prompt]))
+    if learner.conditionings is not None:
+        return {prompt: learner.conditionings[prompt] for prompt in prompts}
+    with torch.no_grad():
+        return dict(zip(prompts, learner.family.encode_prompts(prompts), strict=True))
+
+
+def _progress(emit: Callable[[Event], None], stage: Stage) -> Callable[[str, int, int], None]:
+    """Return a callback that emits at most some two hundred Progress events for each thing counted."""
+
+    def on_progress(label: str, done: int, total: int) -> None:
+        stride = max(1, total // 200)
+        if done % stride == 0 or done == total:
+            emit(Progress(stage=stage, label=label, done=done, total=total))
+
+    return on_progress
