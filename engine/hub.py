@@ -38,7 +38,7 @@ def download_base(repo: str, revision: str = "main", on_progress: OnProgress | N
     try:
         return _download(repo, revision, on_progress)
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx2.TransportError, TimeoutError):
-        cached = _cached_folder(repo, revision)
+        cached = cached_folder(repo, revision)
         if cached is not None:
             return cached
         raise HubError(
@@ -138,7 +138,7 @@ def _silent_bar(on_progress: OnProgress | None, name: str, done: int, total: int
     return SilentBar
 
 
-def _cached_folder(repo: str, revision: str) -> Path | None:
+def cached_folder(repo: str, revision: str) -> Path | None:
     """Return the snapshot of `repo` in the cache if every part that its model_index.json names is there."""
     from huggingface_hub import try_to_load_from_cache
 
