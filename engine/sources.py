@@ -120,7 +120,7 @@ def locate_base(model: str, revision: str = "main", on_progress: OnProgress | No
         return BaseFiles("single_file", path.resolve(), model)
     if path.is_dir():
         return BaseFiles("folder", path.resolve(), model)
-    if not _HUB_ID.fullmatch(name) or name.endswith(".safetensors"):
+    if not is_hub_id(name):
         raise BaseModelError(
             f"There is no file or folder {name}.",
             why="It is no Hub id either, which would be written owner/name.",
@@ -129,6 +129,14 @@ def locate_base(model: str, revision: str = "main", on_progress: OnProgress | No
     from lorasmith.engine.hub import download_base
 
     return BaseFiles("folder", download_base(name, revision, on_progress), model)
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether `model` can only mean a repository on the Hub: it looks like owner/name and no such path exists."""
+    name = model.strip()
+    if name == "demo" or name.endswith(".safetensors") or Path(name).expanduser().exists():
+        return False
+    return _HUB_ID.fullmatch(name) is not None
 
 
 def _locate_demo() -> BaseFiles:

@@ -1,0 +1,103 @@
+"""`lorasmith export`: a shareable LoRA from a checkpoint, without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorasmith.engine.cli.output import say, say_json
+from lorasmith.engine.errors import CheckpointError, LorasmithError
+from lorasmith.engine.run_file import Layer, flatten, resolve_config
+
+if TYPE_CHECKING:
+    from lorasmith.engine.checkpoints import Checkpoint
+    from lorasmith.engine.config import RunConfig
+    from lorasmith.engine.export import DatasetFacts, ExportResult
+    from lorasmith.engine.session import RunFolder
+
+
+def export(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUNFOLDER", help="A run with a checkpoint.")],
+    step: Annotated[int | None, typer.Option(help="The checkpoint of this step; else the newest intact one.")] = None,
+    layout: Annotated[
+        list[str] | None, typer.Option(help="kohya or diffusers; may be repeated. Else the run's own.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16. Else the run's own.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to write. Else the run's export folder.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Write the LoRA of a checkpoint, prove it by loading it, and say where it is."""
+    from lorasmith.engine.session import open_run, quiet_libraries
+
+    quiet_libraries()
+    run = open_run(run_folder)
+    checkpoint = _find(run, step)
+    changes = ({"layouts": layout} if layout else {}) | ({"precision": precision} if precision else {})
+    stored = Layer("checkpoint", flatten(checkpoint.state["config"]))
+    config = resolve_config([stored, Layer("command line", {"export": changes})]).config
+    results = _write(run, checkpoint, config, output or run.export)
+    if as_json:
+        say_json([{"step": checkpoint.step, "path": str(r.path), "layout": r.layout, "keys": r.keys} for r in results])
+        return
+    for result in results:
+        say(f"LoRA of step {checkpoint.step} ({result.layout}, {result.keys} keys proved): {result.path}")
+
+
+def _find(run: RunFolder, step: int | None) -> Checkpoint:
+    """Return the verified checkpoint of `step`, or the newest; damaged ones are named on stderr."""
+    from lorasmith.engine.checkpoints import load_checkpoint, newest_checkpoint
+
+    if step is not None:
+        return load_checkpoint(run.checkpoints, step)
+
+    def on_damaged(path: Path, reason: str) -> None:
+        say(f"The checkpoint {path} is damaged and is not used: {reason}.", to_stderr=True)
+
+    checkpoint = newest_checkpoint(run.checkpoints, on_damaged)
+    if checkpoint is None:
+        raise CheckpointError(
+            f"{run.path} has no intact checkpoint.",
+            fix="Train it until its first checkpoint: lorasmith train --resume RUNFOLDER.",
+        )
+    return checkpoint
+
+
+def _write(run: RunFolder, checkpoint: Checkpoint, config: RunConfig, folder: Path) -> list[ExportResult]:
+    import torch
+
+    from lorasmith.engine.adapters import attach_adapter
+    from lorasmith.engine.export import build_metadata, export_lora
+    from lorasmith.engine.families import identify_base
+    from lorasmith.engine.sources import locate_base
+
+    files = locate_base(config.base.model, config.base.revision)
+    module, identity = identify_base(files, config.base.family)
+    family = module.load(files, identity, torch.device("cpu"), torch.float32)
+    adapter = attach_adapter(family, config.adapter, config.run.seed)
+    adapter.load_state_dict(checkpoint.tensors("adapter"))
+    adapter.train(False)
+    # An earlier step must not take the place of the finished LoRA.
+    name = config.run.name if checkpoint.step == config.train.steps else f"{config.run.name}-step-{checkpoint.step:06d}"
+    metadata = build_metadata(config, identity, _facts(config), step=checkpoint.step)
+    return export_lora(family, adapter, config, folder, name, metadata, checkpoint.step)
+
+
+def _facts(config: RunConfig) -> DatasetFacts:
+    """Return what the file tells about its pictures, or nothing where they are gone by now."""
+    from lorasmith.engine.dataset.buckets import plan_buckets
+    from lorasmith.engine.dataset.scan import require_captions, scan_dataset
+    from lorasmith.engine.export import DatasetFacts
+    from lorasmith.engine.lora_metadata import dataset_facts
+
+    try:
+        dataset = require_captions(scan_dataset(config.dataset), config.dataset)
+    except LorasmithError as error:
+        say(f"The file will not tell its pictures: {error}", to_stderr=True)
+        return DatasetFacts()
+    plan = plan_buckets(dataset.items, config.dataset)
+    batches = plan.batches_per_epoch(config.train.batch_size)
+    return dataset_facts(dataset, config.captions, plan.counts(), batches)

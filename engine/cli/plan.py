@@ -1,0 +1,139 @@
+"""`lorasmith plan` and `lorasmith doctor`: what will happen, and whether this machine can do it."""
+
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic.fields import FieldInfo
+
+from lorasmith.engine.cli.output import columns, say, say_json
+from lorasmith.engine.cli.train import Sets
+from lorasmith.engine.errors import HardwareError
+from lorasmith.engine.run_file import load_run_file, parse_assignments, resolve_config, setting_fields
+
+if TYPE_CHECKING:
+    from lorasmith.engine.config import BaseSettings, DatasetSettings
+    from lorasmith.engine.dataset.scan import Dataset
+    from lorasmith.engine.families import BaseIdentity
+    from lorasmith.engine.sources import BaseFiles
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+_MARKS = {"pass": "ok", "warn": "warning", "fail": "FAILED", "skip": "-"}
+
+
+def plan(
+    run_file: Annotated[Path | None, typer.Argument(metavar="[RUN.toml]", help="The settings of the run.")] = None,
+    sets: Sets = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a run will do and need before it starts; without a file, every setting with its default and meaning."""
+    if run_file is None and not sets:
+        _show_settings(as_json)
+        return
+    from lorasmith.engine.plan import build_plan
+
+    layers = ([load_run_file(run_file)] if run_file else []) + [parse_assignments(sets or [])]
+    resolved = resolve_config(layers)
+    files, identity = _base(resolved.config.base)
+    dataset = _dataset(resolved.config.dataset)
+    forecast = build_plan(resolved, identity, dataset, files)
+    if as_json:
+        say_json(forecast.to_json())
+    else:
+        for line in columns([("run", forecast.name), *forecast.rows()], indent=""):
+            print(line)
+
+
+def _base(settings: BaseSettings) -> tuple[BaseFiles | None, BaseIdentity | None]:
+    """Recognize the base model if it is on this machine; a plan downloads nothing."""
+    from lorasmith.engine.families import identify_base
+    from lorasmith.engine.sources import BaseFiles, is_hub_id, locate_base
+
+    if not settings.model:
+        return None, None
+    if is_hub_id(settings.model):
+        from lorasmith.engine.hub import cached_folder
+
+        folder = cached_folder(settings.model.strip(), settings.revision)
+        if folder is None:
+            return None, None
+        files = BaseFiles("folder", folder, settings.model)
+    else:
+        files = locate_base(settings.model, settings.revision)
+    return files, identify_base(files, settings.family)[1]
+
+
+def _dataset(settings: DatasetSettings) -> Dataset | None:
+    if not settings.folder:
+        return None
+    from lorasmith.engine.dataset.scan import require_captions, scan_dataset
+
+    return require_captions(scan_dataset(settings), settings)
+
+
+def _show_settings(as_json: bool) -> None:
+    if as_json:
+        say_json(
+            {
+                key: {"default": field.default, "help": _help(field), "allowed": allowed(field)}
+                for key, field in setting_fields()
+            }
+        )
+        return
+    for key, field in setting_fields():
+        choices = allowed(field)
+        say(f"{key} = {_as_toml(field.default)}{f'   # {choices}' if choices else ''}")
+        say(f"    {_help(field)}")
+
+
+def _help(field: FieldInfo) -> str:
+    return " ".join((field.description or "").split())
+
+
+def allowed(field: FieldInfo) -> str:
+    """Return the choices or bounds of a setting in words, or nothing where any value goes."""
+    annotation: Any = field.annotation
+    if typing.get_origin(annotation) is list:
+        (annotation,) = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Literal:
+        return ", ".join(str(value) for value in typing.get_args(annotation))
+    words = {"gt": "more than {}", "ge": "at least {}", "lt": "less than {}", "le": "at most {}"}
+    words["multiple_of"] = "a multiple of {}"
+    parts = [
+        text.format(getattr(bound, name))
+        for bound in field.metadata
+        for name, text in words.items()
+        if hasattr(bound, name)
+    ]
+    return ", ".join(parts)
+
+
+def _as_toml(value: Any) -> str:
+    import tomlkit
+
+    return str(tomlkit.item(value).as_string())
+
+
+def doctor(
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where runs will be made.")] = Path("runs"),
+    hub: Annotated[bool, typer.Option("--hub", help="Also ask whether the Hub answers.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Try everything that a training needs on this machine, and say how to mend what fails."""
+    from lorasmith.engine.doctor import Check, run_checks
+
+    def show(check: Check) -> None:
+        if not as_json:
+            say(f"{_MARKS[check.status]:8} {check.name:14} {check.detail}")
+            if check.fix:
+                say(f"{'':23} fix: {check.fix}")
+
+    checks = run_checks(output, ask_hub=hub, on_check=show)
+    if as_json:
+        say_json(checks)
+    failed = [check.name for check in checks if check.status == "fail"]
+    if failed:
+        raise typer.Exit(HardwareError.exit_code)

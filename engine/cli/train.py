@@ -1,0 +1,216 @@
+"""`lorasmith train` and `lorasmith demo`: a run in this process, without a screen."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorasmith.engine.cli.output import say_json, visible
+from lorasmith.engine.cli.progress import RunPrinter, default_stream, duration
+from lorasmith.engine.commands import Command
+from lorasmith.engine.errors import EXIT_STOPPED, ConfigError, TrainingError
+from lorasmith.engine.run_file import Layer, flatten, load_run_file, parse_assignments, resolve_config
+
+if TYPE_CHECKING:
+    from lorasmith.engine.config import RunConfig
+    from lorasmith.engine.session import RunFolder, Session
+
+NEWEST = "newest"
+"""The value of `--resume` that means the newest run of that name."""
+_POLL_SECONDS = 0.1
+
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, e.g. train.steps=500; may be repeated."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and progress on stderr.")]
+
+
+def train(
+    run_file: Annotated[Path | None, typer.Argument(metavar="RUN.toml", help="The settings of the run.")] = None,
+    sets: Sets = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[RUNFOLDER]",
+            help="Go on with that run; without a folder, with the newest run of the run file's name.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a LoRA. Ctrl-C saves a checkpoint and ends; a second Ctrl-C ends at once."""
+    if resume is None:
+        folder, config = _new_run(run_file, sets or [])
+    else:
+        folder, config = _old_run(run_file, sets or [], resume)
+    raise typer.Exit(host_run(folder, config, as_json=as_json))
+
+
+def _new_run(run_file: Path | None, sets: list[str]) -> tuple[RunFolder, RunConfig]:
+    from lorasmith.engine.session import create_run
+
+    if run_file is None:
+        raise typer.BadParameter("give the settings to train: lorasmith train RUN.toml", param_hint="RUN.toml")
+    resolved = resolve_config([load_run_file(run_file), parse_assignments(sets)])
+    return create_run(resolved), resolved.config
+
+
+def _old_run(run_file: Path | None, sets: list[str], resume: str) -> tuple[RunFolder, RunConfig]:
+    from lorasmith.engine.session import open_run
+
+    if resume != NEWEST:
+        folder = open_run(Path(resume))
+    elif run_file is None:
+        raise typer.BadParameter("give the run folder, or RUN.toml as well", param_hint="--resume")
+    else:
+        folder = open_run(_newest_run(run_file, sets))
+    stored = load_run_file(folder.run_file)
+    layers = [stored, *([load_run_file(run_file)] if run_file else []), parse_assignments(sets)]
+    return folder, resolve_config(layers).config
+
+
+def _newest_run(run_file: Path, sets: list[str]) -> Path:
+    """Return the last changed run folder that a run of these settings has made."""
+    from lorasmith.engine.session import list_runs
+
+    settings = resolve_config([load_run_file(run_file), parse_assignments(sets)]).config.run
+    for summary in list_runs(Path(settings.output_folder)):
+        if _stored_name(summary.run.run_file) == settings.name:
+            return summary.run.path
+    raise ConfigError(
+        f"No run named {settings.name} is in {settings.output_folder}.",
+        fix="Leave out --resume to start it, or give the run folder: --resume RUNFOLDER.",
+    )
+
+
+def _stored_name(run_file: Path) -> str:
+    try:
+        return str(flatten(load_run_file(run_file).values).get("run.name", ""))
+    except ConfigError:
+        return ""
+
+
+def host_run(folder: RunFolder, config: RunConfig, *, as_json: bool = False) -> int:
+    """Run the training of `folder` to its end, print its events and return the exit code."""
+    from lorasmith.engine.session import Session
+
+    started = time.monotonic()
+    session = Session(folder, config)
+    with RunPrinter(default_stream(as_json)) as printer:
+        with _stopping(session, printer):
+            session.start()
+            while not session.finished:
+                _show_all(session, printer)
+                time.sleep(_POLL_SECONDS)
+            session.join()
+        _show_all(session, printer)
+    return _report(folder, printer, time.monotonic() - started, as_json)
+
+
+def _show_all(session: Session, printer: RunPrinter) -> None:
+    for event in session.drain():
+        printer.show(event)
+
+
+@contextmanager
+def _stopping(session: Session, printer: RunPrinter) -> Iterator[None]:
+    """Let the first SIGINT or SIGTERM save a checkpoint and end the run, and the second end the process at once."""
+    asked = False
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        asked = True
+        session.send(Command.STOP)
+        printer.line("Saving a checkpoint, then ending. Once more ends at once, without saving.")
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _report(folder: RunFolder, printer: RunPrinter, seconds: float, as_json: bool) -> int:
+    ended = printer.ended
+    if ended is None:
+        raise RuntimeError(f"the run in {folder.path} ended without saying how")
+    if as_json:
+        say_json(_summary(folder, printer, seconds))
+    stream = default_stream(as_json)
+    if ended.outcome == "failed":
+        for label, text in (("Error", ended.message), ("Why", ended.why), ("Fix", ended.fix)):
+            if text:
+                typer.echo(f"{label}: {visible(text)}", err=True)
+        return ended.exit_code or 1
+    print(f"{visible(ended.message)} ({duration(seconds)})", file=stream)
+    print(f"Run folder: {visible(folder.path)}", file=stream)
+    for export in printer.exports:
+        print(f"LoRA: {visible(export.path)}", file=stream)
+    return EXIT_STOPPED if ended.outcome == "stopped" else 0
+
+
+def _summary(folder: RunFolder, printer: RunPrinter, seconds: float) -> dict[str, Any]:
+    assert printer.ended is not None
+    ended = printer.ended
+    return {
+        "run_folder": str(folder.path),
+        "outcome": ended.outcome,
+        "step": ended.step,
+        "total_steps": printer.total_steps,
+        "loss": printer.last_loss,
+        "seconds": round(seconds, 3),
+        "exports": [{"path": e.path, "layout": e.layout, "keys": e.keys, "bytes": e.bytes} for e in printer.exports],
+        "message": ended.message,
+        "why": ended.why,
+        "fix": ended.fix,
+        "exit_code": ended.exit_code,
+    }
+
+
+def demo(
+    headless: Annotated[
+        bool, typer.Option("--headless", help="Train without the wizard, with progress lines.")
+    ] = False,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder in which the run folder is made.")] = Path("runs"),
+    sets: Sets = None,
+) -> None:
+    """Train the bundled demo in a few minutes and measure whether its trigger word works.
+
+    On a terminal and without --headless the wizard opens instead.
+    """
+    from lorasmith.engine.demo_run import resolve_demo
+    from lorasmith.engine.session import create_run
+
+    layer = Layer("--output", {"run": {"output_folder": str(output)}})
+    resolved = resolve_demo(layer, parse_assignments(sets or []))
+    folder = create_run(resolved)
+    code = host_run(folder, resolved.config)
+    if code == 0:
+        code = _measure(folder, resolved.config)
+    raise typer.Exit(code)
+
+
+def _measure(folder: RunFolder, config: RunConfig) -> int:
+    """Print how often the concept shows with and without the trigger; a missed goal is a failed training."""
+    from lorasmith.engine.demo_run import measure_trigger
+
+    lora = next(iter(sorted(folder.export.glob("*.safetensors"))))
+    print("Measuring whether the trigger works", flush=True)
+    rates = measure_trigger(lora, folder.previews / "trigger-sheet.png", config.captions.trigger)
+    for line in rates.lines():
+        print(line)
+    print(f"Preview sheet: {visible(rates.sheet)}")
+    return 0 if rates.passed else TrainingError.exit_code
