@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine import storage
 from lorasmith.engine.dataset.buckets import BucketPlan, plan_buckets
-from lorasmith.engine.families import families
+from lorasmith.engine.families import families, identify_base
+from lorasmith.engine.run_file import ResolvedConfig
+from lorasmith.engine.sources import BaseFiles, is_hub_id, locate_base
 
 if TYPE_CHECKING:
     from lorasmith.engine.config import AdapterSettings, RunConfig
     from lorasmith.engine.dataset.scan import Dataset
     from lorasmith.engine.families import BaseIdentity, FamilySpec
-    from lorasmith.engine.run_file import ResolvedConfig
-    from lorasmith.engine.sources import BaseFiles, TensorInfo
+    from lorasmith.engine.sources import TensorInfo
 
 GIB = 1 << 30
 _DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
@@ -109,7 +110,7 @@ class Plan:
 
     def _adapter_words(self) -> str:
         if self.adapter_parameters is None or self.export_bytes is None:
-            return "its size is known once the base model is chosen"
+            return "its size is known once the base model is on this machine"
         millions = self.adapter_parameters / 1e6
         size = storage.readable_size(self.export_bytes)
         return f"{millions:.2f} M numbers in {self.adapter_modules} layers; files to share: {size}"
@@ -172,6 +173,32 @@ def build_plan(
         warnings=(),
     )
     return dataclasses.replace(plan, warnings=tuple(_warnings(config, plan)))
+
+
+def plan_run(config: RunConfig) -> Plan:
+    """Return the plan of a run file: finds the base where it is on this machine, and scans the pictures.
+
+    Nothing is downloaded: a Hub model that is not here yet leaves its figures open. Raises what finding a local base
+    and scanning raise.
+    """
+    from lorasmith.engine.dataset.scan import require_captions, scan_dataset
+
+    files = _local_base(config)
+    identity = identify_base(files, config.base.family)[1] if files is not None else None
+    dataset = require_captions(scan_dataset(config.dataset), config.dataset) if config.dataset.folder else None
+    return build_plan(ResolvedConfig(config, {}), identity, dataset, files)
+
+
+def _local_base(config: RunConfig) -> BaseFiles | None:
+    model = config.base.model.strip()
+    if not model:
+        return None
+    if not is_hub_id(model):
+        return locate_base(model, config.base.revision)
+    from lorasmith.engine.hub import cached_folder
+
+    folder = cached_folder(model, config.base.revision)
+    return None if folder is None else BaseFiles("folder", folder, model)
 
 
 def _epochs(config: RunConfig, dataset: Dataset | None, buckets: BucketPlan | None) -> dict[str, Any]:
@@ -292,7 +319,7 @@ def _memory(
     """
     unknown = "not forecast for these settings; watch the gauge in the first steps, which shows the measured use"
     if spec is None or files is None:
-        return None, "known once the base model is chosen"
+        return None, "forecast once the base model is on this machine"
     weights = sum(math.prod(info.shape) for info in denoiser_tensors(files).values())
     measured = spec.activation_mib_per_megapixel
     if measured is None or parameters is None or abs(weights / spec.denoiser_parameters - 1) > 0.03:

@@ -78,4 +78,13 @@ def _identity(
     guessed = f" ({reason})" if reason.startswith("guessed") else ""
     count = f"{parameters / 1e9:.2f} B" if parameters >= 5e6 else f"{parameters / 1e6:.2f} M"
     label = f"Stable Diffusion {kind}, {words}{guessed}, {precision}, {count}"
+    details = {**details, **_lora_metadata(variant, prediction)}
     return BaseIdentity("sd15", label, variant, prediction, side, parameters, precision, missing, details)
+
+
+def _lora_metadata(variant: str, prediction: Prediction) -> dict[str, Any]:
+    """Return how LoRA files name this base: the modelspec id and Kohya's keys; small custom models as 1.x."""
+    second, velocity = variant == "2.x", prediction == "v_prediction"
+    version = "stable-diffusion-v1" if not second else f"stable-diffusion-v2-{'768-v' if velocity else '512'}"
+    name = f"sd_v{2 if second else 1}{'_v' if velocity else ''}"
+    return {"architecture": version, "ss_base_model_version": name, "ss_v2": second}
