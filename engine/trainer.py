@@ -210,7 +210,7 @@ class Training:
         self._require_finite_weights()
         material, config, step = self.material, self.config, self.controls.step
         batches = self.learner.loader.batches_per_epoch
-        facts = dataset_facts(material.dataset, config.dataset, config.captions, material.plan.counts(), batches)
+        facts = dataset_facts(material.dataset, config.captions, material.plan.counts(), batches)
         metadata = build_metadata(
             config,
             self.learner.family.identity,
