@@ -1,0 +1,291 @@
+"""What every base model family must do; one body over all of them, each on its tiny real model."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorasmith.engine.errors import BaseModelError, ExportError
+from lorasmith.engine.families import DrawSettings, Family, FamilyModule, PictureRequest, families, identify_base
+from lorasmith.engine.sources import BaseFiles
+from tests.tiny import TINY_BUILDERS, TINY_SIDE
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=sorted(families()))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def module(name: str) -> FamilyModule:
+    return families()[name]
+
+
+@pytest.fixture(scope="module")
+def files(name: str, tmp_path_factory: pytest.TempPathFactory) -> BaseFiles:
+    assert name in TINY_BUILDERS, f"tests/tiny.py has no builder for {name}"
+    folder = TINY_BUILDERS[name](tmp_path_factory.mktemp("family") / name)
+    return BaseFiles("folder", folder, str(folder))
+
+
+@pytest.fixture(scope="module")
+def family(files: BaseFiles) -> Family:
+    return _load(files)
+
+
+def _load(files: BaseFiles, dtype: torch.dtype = torch.float32) -> Family:
+    module, identity = identify_base(files)
+    return module.load(files, identity, CPU, dtype)
+
+
+def _pixels(*seeds: int) -> torch.Tensor:
+    return torch.stack([torch.rand(3, TINY_SIDE, TINY_SIDE, generator=_generator(seed)) * 2 - 1 for seed in seeds])
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _requests(family: Family, *seeds: int) -> list[PictureRequest]:
+    positive, negative = family.encode_prompts(["a red circle", ""])
+    return [PictureRequest(positive, negative, seed) for seed in seeds]
+
+
+SETTINGS = DrawSettings(steps=3, guidance=3.0, height=TINY_SIDE, width=TINY_SIDE)
+
+
+def test_a_family_is_found_under_its_own_name_with_complete_facts(name: str, module: FamilyModule) -> None:
+    spec = module.SPEC
+    assert spec.name == name
+    assert {"attention", "attention-mlp"} <= set(spec.targets)
+    assert set(spec.targets["attention"]) < set(spec.targets["attention-mlp"])
+    assert spec.layouts
+    assert spec.hub_ids
+    assert spec.license.url.startswith("https://")
+    assert spec.license.consequence.endswith(".")
+    assert spec.default_resolution % 64 == 0
+
+
+def test_recognizing_a_base_model_imports_no_torch(name: str, files: BaseFiles) -> None:
+    code = """
+import json, sys
+from lorasmith.engine.families import identify_base
+from lorasmith.engine.sources import locate_base
+module, identity = identify_base(locate_base(sys.argv[1]))
+heavy = {"torch", "diffusers", "transformers", "peft"} & set(sys.modules)
+print(json.dumps([identity.family, identity.native_resolution, sorted(heavy)]))
+"""
+    command = [sys.executable, "-c", code, str(files.path)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert json.loads(printed) == [name, TINY_SIDE, []]
+
+
+def test_the_label_tells_prediction_precision_and_size(files: BaseFiles) -> None:
+    _, identity = identify_base(files)
+    assert "fp32" in identity.label
+    assert identity.parameters > 10_000
+    assert identity.parts_missing == ()
+
+
+def test_asking_for_another_family_than_the_files_are_is_an_error(files: BaseFiles) -> None:
+    with pytest.raises(BaseModelError, match="Unknown family flat-earth"):
+        identify_base(files, wanted="flat-earth")
+
+
+def test_a_lora_is_no_base_model_and_is_called_by_its_name(module: FamilyModule, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "mine.safetensors"
+    save_file({"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.zeros(4, 8)}, path)
+    lora = BaseFiles("single_file", path, "mine.safetensors")
+    assert module.identify(lora) is None
+    with pytest.raises(BaseModelError, match="looks like a LoRA, not a base model"):
+        identify_base(lora)
+
+
+def test_a_folder_without_weights_is_recognized_and_refused_by_the_missing_part(
+    module: FamilyModule, files: BaseFiles, tmp_path: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(files.path, tmp_path / "base")
+    next((tmp_path / "base" / "vae").glob("*.safetensors")).unlink()
+    broken = BaseFiles("folder", tmp_path / "base", "base")
+    identity = module.identify(broken)
+    assert identity is not None
+    assert identity.parts_missing == ("vae",)
+    with pytest.raises(BaseModelError, match="has no vae"):
+        module.load(broken, identity, CPU, torch.float32)
+
+
+def test_everything_is_loaded_frozen_and_in_eval_mode_in_the_asked_format(files: BaseFiles) -> None:
+    family = _load(files, torch.bfloat16)
+    modules = [family.denoiser, *family.text_encoders.values()]
+    assert family.dtype == torch.bfloat16
+    for part in modules:
+        assert not part.training
+        assert {(p.dtype, p.requires_grad) for p in part.parameters()} == {(torch.bfloat16, False)}
+    latents = family.encode_images(_pixels(1))
+    assert latents.dtype == torch.bfloat16
+    (conditioning,) = family.encode_prompts(["a red circle"])
+    prediction = family.predict(latents, torch.tensor([500]), family.collate([conditioning]))
+    assert torch.isfinite(prediction).all()
+
+
+def test_latents_are_the_same_each_time_and_do_not_depend_on_the_batch(family: Family) -> None:
+    both = family.encode_images(_pixels(1, 2))
+    assert both.ndim == 4
+    assert TINY_SIDE % both.shape[-1] == 0
+    torch.testing.assert_close(both[1:], family.encode_images(_pixels(2)))
+    assert not torch.equal(both[0], both[1])
+
+
+def test_prompts_are_encoded_without_a_batch_dimension_and_independently(family: Family) -> None:
+    red, blue = family.encode_prompts(["a red circle", "a blue square"])
+    (alone,) = family.encode_prompts(["a blue square"])
+    batch = family.collate([red, blue])
+    for key, value in alone.items():
+        torch.testing.assert_close(blue[key], value)
+        assert batch[key].shape[0] == 2
+    assert any(not torch.equal(red[key], blue[key]) for key in red)
+
+
+def test_a_prompt_beyond_the_token_limit_is_cut_and_not_an_error(family: Family) -> None:
+    long, short = family.encode_prompts(["red " * 500, "red"])
+    assert {key: value.shape for key, value in long.items()} == {key: value.shape for key, value in short.items()}
+
+
+def test_gradients_reach_the_text_encoders(files: BaseFiles) -> None:
+    family = _load(files)
+    for encoder in family.text_encoders.values():
+        parameter = next(p for p in encoder.parameters() if p.ndim == 2)
+        parameter.requires_grad_(True)
+        (conditioning,) = family.encode_prompts(["a red circle"])
+        sum(value.sum() for value in conditioning.values()).backward()
+        assert parameter.grad is not None
+        assert parameter.grad.abs().sum() > 0
+
+
+def test_the_prediction_has_the_shape_of_the_latents_and_reads_its_own_row_only(family: Family) -> None:
+    latents = family.encode_images(_pixels(1, 2))
+    conditionings = family.encode_prompts(["a red circle", "a blue square"])
+    timesteps = torch.tensor([10, 900])
+    both = family.predict(latents, timesteps, family.collate(conditionings))
+    alone = family.predict(latents[1:], timesteps[1:], family.collate(conditionings[1:]))
+    assert both.shape == latents.shape
+    torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_pictures_follow_their_seed_and_not_the_batch(family: Family) -> None:
+    first, second = family.draw(_requests(family, 1, 2), SETTINGS)
+    (again,) = family.draw(_requests(family, 2), SETTINGS)
+    assert first.size == (TINY_SIDE, TINY_SIDE)
+    assert first.tobytes() != second.tobytes()
+    difference = torch.tensor(list(second.tobytes())) - torch.tensor(list(again.tobytes()))
+    assert difference.abs().max() <= 1
+
+
+def test_each_denoising_step_is_reported_and_what_the_callback_raises_ends_the_drawing(family: Family) -> None:
+    seen: list[int] = []
+    family.draw(_requests(family, 1), SETTINGS, seen.append)
+    assert seen == [1, 2, 3]
+
+    def stop(_step: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        family.draw(_requests(family, 1), SETTINGS, stop)
+
+
+def test_drawing_leaves_the_training_state_and_the_noise_schedule_as_they_were(family: Family) -> None:
+    before = dict(family.noise_schedule)
+    some = next(part for part in family.denoiser.modules() if isinstance(part, torch.nn.Dropout))
+    some.training = True
+    family.draw(_requests(family, 1), SETTINGS)
+    assert some.training
+    assert not family.denoiser.training
+    some.training = False
+    assert dict(family.noise_schedule) == before
+
+
+def test_released_encoders_are_really_gone_and_pictures_stay_the_same(files: BaseFiles) -> None:
+    family = _load(files)
+    requests = _requests(family, 5)
+    (before,) = family.draw(requests, SETTINGS)
+    encoders = [weakref.ref(encoder) for encoder in family.text_encoders.values()]
+    autoencoders = [weakref.ref(value) for value in vars(family).values() if _is_autoencoder(value)]
+    assert autoencoders
+    family.release_encoders()
+    gc.collect()
+    assert family.text_encoders == {}
+    assert [reference() for reference in encoders + autoencoders] == [None] * len(encoders + autoencoders)
+    with pytest.raises(BaseModelError, match="no longer in memory"):
+        family.encode_prompts(["a red circle"])
+    with pytest.raises(BaseModelError, match="no longer in memory"):
+        family.encode_images(_pixels(1))
+    (after,) = family.draw(requests, SETTINGS)
+    assert after.tobytes() == before.tobytes()
+    assert not any(_is_autoencoder(value) for value in vars(family).values())
+
+
+def _is_autoencoder(value: Any) -> bool:
+    return type(value).__name__.startswith("Autoencoder")
+
+
+def test_every_target_names_layers_of_the_denoiser(family: Family) -> None:
+    spec = family.spec
+    for suffix in (*spec.targets["attention-mlp"], *spec.conv_targets):
+        assert _matching(family.denoiser, (suffix,)), suffix
+    for suffix in spec.text_encoder_targets:
+        assert _matching(family.text_encoders["text_encoder"], (suffix,)), suffix
+    attention = _matching(family.denoiser, spec.targets["attention"])
+    assert {type(layer) for layer in attention.values()} == {torch.nn.Linear}
+    kinds = {type(layer) for layer in _matching(family.denoiser, spec.conv_targets).values()}
+    assert kinds <= {torch.nn.Conv2d, torch.nn.Linear}
+
+
+def test_block_classes_are_those_that_repeat_in_the_denoiser(family: Family) -> None:
+    present = {type(part).__name__ for part in family.denoiser.modules()}
+    assert set(family.spec.block_classes) <= present
+
+
+def test_every_layer_has_a_name_of_its_own_in_every_layout(module: FamilyModule, family: Family) -> None:
+    for layout in module.SPEC.layouts:
+        names = [module.export_name(layout, "denoiser", path) for path, _ in family.denoiser.named_modules() if path]
+        encoder = family.text_encoders["text_encoder"]
+        names += [module.export_name(layout, "text_encoder", path) for path, _ in encoder.named_modules() if path]
+        assert len(names) == len(set(names))
+    with pytest.raises(ExportError, match="no flat-earth name"):
+        module.export_name("flat-earth", "denoiser", "mid_block")
+
+
+def test_a_chosen_prediction_wins_over_the_files(module: FamilyModule, files: BaseFiles) -> None:
+    if module.SPEC.objective != "ddpm":
+        pytest.skip("only ddpm models differ in what they predict")
+    _, identity = identify_base(files)
+    assert _load(files).noise_schedule["prediction_type"] == identity.prediction
+    other = dataclasses.replace(identity, prediction="v_prediction")
+    family = module.load(files, other, CPU, torch.float32)
+    assert family.noise_schedule["prediction_type"] == "v_prediction"
+
+
+def test_tokenizers_load_alone(module: FamilyModule, files: BaseFiles) -> None:
+    (tokenizer,) = module.load_tokenizers(files)
+    ids = tokenizer("red circle").input_ids
+    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == "red circle"
+
+
+def _matching(network: torch.nn.Module, suffixes: tuple[str, ...]) -> dict[str, torch.nn.Module]:
+    ends = tuple(f".{suffix}" for suffix in suffixes)
+    return {path: layer for path, layer in network.named_modules() if f".{path}".endswith(ends)}
