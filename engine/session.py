@@ -17,7 +17,7 @@ from queue import Empty, SimpleQueue
 from lorasmith.engine.commands import Command
 from lorasmith.engine.config import RunConfig
 from lorasmith.engine.errors import EXIT_STOPPED, HardwareError, LorasmithError, StorageError
-from lorasmith.engine.events import CheckpointSaved, Event, ExportDone, HardwareSampled, Logged, RunEnded
+from lorasmith.engine.events import CheckpointSaved, Event, ExportDone, HardwareSampled, Logged, RunEnded, RunStarted
 from lorasmith.engine.hardware import Sampler
 from lorasmith.engine.journal import Journal
 from lorasmith.engine.run_folder import (
@@ -137,7 +137,8 @@ class Session:
                     logger.warning("after the end: %s", event)
                 return
             self._ended = isinstance(event, RunEnded)
-            self._step = getattr(event, "step", self._step)
+            resumed = event.resumed_from if isinstance(event, RunStarted) else self._step
+            self._step = getattr(event, "step", resumed)
             written = self._journal.append(event)
             self._show(event)
             self._tell_problem(written)
