@@ -63,6 +63,7 @@ SPEC = FamilySpec(
         "proj_out",
         "time_emb_proj",
     ),
+    # Without out_proj diffusers does not recognize the text encoder's keys in the kohya layout.
     text_encoder_targets=("q_proj", "k_proj", "v_proj", "out_proj"),
     block_classes=("BasicTransformerBlock", "ResnetBlock2D"),
     layouts=("kohya", "diffusers"),
