@@ -51,7 +51,7 @@ class GlyphSet:
 
 
 BRAILLE = GlyphSet(
-    "braille", 4, 2, " " + "".join(map(chr, range(0x2801, 0x2900))), "█", "░", "│", "└", "─", "┴", "·", "…", True
+    "braille", 4, 2, " " + "".join(map(chr, range(0x2801, 0x2900))), "━", "─", "│", "└", "─", "┴", "·", "…", True
 )
 BLOCK = GlyphSet("block", 2, 1, " ▀▄█", "█", "░", "│", "└", "─", "┴", "·", "…", True)
 ASCII = GlyphSet("ascii", 2, 1, " '.:", "#", "-", "|", "+", "-", "+", "-", "~", False)

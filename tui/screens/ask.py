@@ -29,12 +29,14 @@ class AskScreen(ModalScreen[str]):
 
     DEFAULT_CSS = """
     AskScreen { align: center middle; }
-    AskScreen > Vertical { width: 64; max-width: 95%; height: auto; padding: 1 2; background: $surface; border: round $primary; }
-    AskScreen.-ascii > Vertical { border: ascii $primary; }
+    AskScreen > Vertical {
+        width: 64; max-width: 95%; height: auto; padding: 1 2; background: $surface; border: round $primary;
+    }
     AskScreen #question { text-style: bold; }
     AskScreen #detail { margin: 1 0; }
     AskScreen Horizontal { height: auto; }
-    AskScreen Button { margin-right: 1; height: 1; border: none; min-width: 10; padding: 0 1; }
+    AskScreen Button { margin-right: 2; padding: 0 1; background: $panel; }
+    AskScreen Button:focus { background: $primary; color: $background; text-style: bold; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "give_last", "Back", show=False),
@@ -56,12 +58,16 @@ class AskScreen(ModalScreen[str]):
             yield Static(safe_text(self._detail, lines=True), id="detail")
             with Horizontal():
                 for answer in self._answers:
-                    yield Button(f"{answer.key}  {answer.label}", id=f"answer-{answer.key}")
+                    yield Button(f"{answer.key}  {answer.label}", id=f"answer-{answer.key}", compact=True)
 
     def on_mount(self) -> None:
         """Bind the letters."""
         for answer in self._answers:
             self._bindings.bind(answer.key, f"give('{answer.value}')", answer.label, show=False)
+
+    def request_quit(self) -> None:
+        """Take the wish to quit for the harmless answer; the screen below can then be asked to quit."""
+        self.action_give_last()
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
         """Give the button's answer."""

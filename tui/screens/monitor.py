@@ -40,7 +40,7 @@ class MonitorScreen(Screen[None]):
     """
 
     CSS_PATH = "monitor.tcss"
-    AUTO_FOCUS = None
+    AUTO_FOCUS = ""
     HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [(0, "-narrow"), (110, "-wide")]
     VERTICAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [(0, "-short"), (32, "-tall")]
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -59,7 +59,7 @@ class MonitorScreen(Screen[None]):
         Binding("down", "browse(0, 1)", "Next prompt", show=False, id="monitor.prompt_after"),
         Binding("y", "copy_path", "Copy path", show=False, id="monitor.copy"),
         Binding("f1,question_mark", "help", "Help", id="monitor.help", key_display="F1"),
-        Binding("enter,q", "leave", "Leave", show=False, id="monitor.leave"),
+        Binding("enter,q", "leave", "Leave", id="monitor.leave", key_display="enter"),
         Binding("ctrl+q", "request_quit", "Quit", id="monitor.quit"),
     ]
 
@@ -102,7 +102,6 @@ class MonitorScreen(Screen[None]):
     def on_mount(self) -> None:
         """Start polling."""
         self.set_class(glyphs().name == "ascii", "-ascii")
-        self.query_one("#pictures", Horizontal).border_title = ""
         self.set_interval(POLL_SECONDS, self.poll)
         self.call_after_refresh(self.poll)
 
@@ -139,7 +138,7 @@ class MonitorScreen(Screen[None]):
         self.query_one("#headline", Line).show(*say.headline(state, self._asked, self.charts_paused, marks))
         self.query_one("#progress", Line).show(*say.progress_line(state, time.time(), width, marks))
         smoothed = self.query_one("#chart", LossChart).smoothed_loss()
-        self.query_one("#numbers", Line).show(say.numbers_line(state, smoothed, marks))
+        self.query_one("#numbers", Line).show(say.numbers_line(state, smoothed, width, marks))
 
     def _show_parts(self) -> None:
         state = self.state
@@ -162,10 +161,19 @@ class MonitorScreen(Screen[None]):
         self._show_words()
         self.query_one("#summary", Summary).show(self.state)
         self.add_class("-ended")
+        self.refresh_bindings()
         if self._leave_when_over:
             self.action_leave()
 
     # Keys
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Show the keys that do something now: commands while the run goes on, leaving when it is over."""
+        if action == "leave":
+            return self.over
+        if action in ("pause_or_resume", "save_now", "preview_now", "stop", "pause_charts"):
+            return not self.over
+        return True
 
     def send(self, command: Command) -> None:
         """Send `command` to the run and say that it was asked."""

@@ -9,28 +9,27 @@ from textual.screen import ModalScreen
 from textual.widgets import Static
 
 TEXT = """\
-The chart shows the loss of each step (dim) and its average (bright). A diffusion loss is noisy and falls little;
-judge by the previews. Training goes on whatever you do here, until you pause or stop it.
+A diffusion loss is noisy and falls little: judge by the previews.
+Whatever you look at here, training goes on until you pause or stop.
 
-  p            pause training after the present step, or go on
-  s            save a checkpoint now
-  v            draw the previews now
-  x            stop: asks, saves a checkpoint, ends; the run can be resumed
-  space        hold the chart still, or let it go on (training is not touched)
+  p           pause after this step, or go on
+  s           save a checkpoint now
+  v           draw the previews now
+  x           stop: asks, saves a checkpoint, ends; can be resumed
+  space       hold the chart still, or let it go on
 
-  l            linear or logarithmic y axis
-  [ ]          smooth less, smooth more
-  z            all steps, or only the last ones
-  left right   previews of earlier and later steps
-  up down      another prompt (in the log: older and newer lines)
-  y            copy the path of the LoRA, or of the selected preview
+  l           linear or logarithmic y axis
+  [ ]         smooth less, smooth more
+  z           all steps, or only the last ones
+  left right  previews of earlier and later steps
+  up down     another prompt; in the log, other lines
+  y           copy the path of the LoRA or the preview
+  tab         move between chart, previews and log
 
-  tab          move between chart, previews and log
-  enter q      leave, when the run is over
-  ctrl+q       quit; asks while training
+  enter q     leave, when the run is over
+  ctrl+q      quit; asks while training
 
-In tmux, leave the training on its own with: prefix d. Hold Shift to select text with the mouse.
-Arrows scroll, any other key closes this."""
+In tmux, prefix d leaves the training on its own. Shift+mouse selects."""
 SCROLL_KEYS = {"up", "down", "pageup", "pagedown", "home", "end"}
 
 
@@ -41,7 +40,8 @@ class MonitorHelp(ModalScreen[None]):
     DEFAULT_CSS = """
     MonitorHelp { align: center middle; }
     MonitorHelp #monitor-help {
-        width: 84; max-width: 96%; height: auto; max-height: 96%; padding: 0 2; background: $surface; border: round $primary;
+        width: 78; max-width: 100%; height: auto; max-height: 100%; padding: 0 2;
+        background: $surface; border: round $primary;
     }
     MonitorHelp Static { height: auto; }
     """

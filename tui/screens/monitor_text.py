@@ -37,7 +37,9 @@ def speed(seconds_per_step: float) -> str:
     return f"{1 / seconds_per_step:.1f} steps/s" if seconds_per_step < 1 else f"{seconds_per_step:.2f} s/step"
 
 
-def headline(state: RunState, asked: Command | None, charts_paused: bool, marks: GlyphSet) -> tuple[list[Part], list[Part]]:
+def headline(
+    state: RunState, asked: Command | None, charts_paused: bool, marks: GlyphSet
+) -> tuple[list[Part], list[Part]]:
     """Return the first row: run, stage and device; right, what is asked, paused or over."""
     mark = f" {marks.separator} "
     stage = STAGES.get(state.stage or "", "starting") if state.ended is None else state.ended.outcome
@@ -90,28 +92,34 @@ def _with_bar(words: str, fraction: float, right: str, width: int, marks: GlyphS
     return [*parts, (percent, "")], [(right, "")]
 
 
-def numbers_line(state: RunState, smoothed: str, marks: GlyphSet) -> list[Part]:
-    """Return the third row: loss, learning rate, gradient, epoch, the newest checkpoint."""
+def numbers_line(state: RunState, smoothed: str, width: int, marks: GlyphSet) -> list[Part]:
+    """Return the third row: loss, learning rate, gradient, epoch, newest checkpoint; before the loss, the dataset."""
     if not len(state.losses):
         if state.dataset is None:
             return []
         data = state.dataset
         buckets = ", ".join(f"{count} of {size}" for size, count in list(data.buckets.items())[:4])
-        return [(f"{data.images} pictures ({buckets}), {data.refused} refused, {data.steps_per_epoch} steps an epoch", "dim")]
+        return [
+            (
+                f"{data.images} pictures ({buckets}), {data.refused} refused, {data.steps_per_epoch} steps an epoch",
+                "dim",
+            )
+        ]
     mark = f" {marks.separator} "
     last = float(state.losses.values[-1])
     parts: list[Part] = [("loss ", "dim"), (short_number(last) if math.isfinite(last) else "not finite", "strong")]
-    for name, value in (
-        ("smoothed", smoothed),
-        ("learning rate", _rate(state.learning_rate)),
-        ("gradient", _rate(state.grad_norm)),
-        ("epoch", str(state.epoch)),
-        ("checkpoint", f"step {state.checkpoints[-1].step}" if state.checkpoints else "none yet"),
-    ):
-        parts += [(f"{mark}{name} ", "dim"), (value, "")]
     invalid = state.num_invalid_losses
     if invalid:
-        parts += [(f"{mark}{invalid} losses not finite", "critical")]
+        parts += [(mark, "dim"), (f"{invalid} not finite", "critical")]
+    wide = width >= 100
+    for name, value in (
+        ("smoothed", smoothed),
+        ("learning rate" if wide else "lr", _rate(state.learning_rate)),
+        ("gradient" if wide else "grad", _rate(state.grad_norm)),
+        ("epoch", str(state.epoch)),
+        ("checkpoint" if wide else "saved", f"step {state.checkpoints[-1].step}" if state.checkpoints else "none yet"),
+    ):
+        parts += [(f"{mark}{name} ", "dim"), (value, "")]
     return parts
 
 
@@ -162,8 +170,9 @@ def next_steps(state: RunState) -> list[str]:
     steps = []
     if state.exports:
         trigger = str(state.config.get("captions", {}).get("trigger", ""))
-        prompt = f' and write "{trigger}" in the prompt' if trigger else ""
-        steps.append(f"Copy the LoRA into models/loras of ComfyUI or models/Lora of Forge{prompt}.")
+        steps.append("Copy the LoRA to models/loras (ComfyUI) or models/Lora (Forge).")
+        if trigger:
+            steps.append(f'Write "{trigger}" in the prompt.')
     if ended is not None and ended.outcome != "finished" and state.checkpoints:
         steps.append(f"Go on from step {state.checkpoints[-1].step}: lorasmith train --resume {run_folder(state)}")
     return steps

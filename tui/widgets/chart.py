@@ -16,13 +16,13 @@ from lorasmith.tui.widgets.plot import SMOOTHINGS, WINDOWS, PlotView, Row, Smoot
 class LossChart(Painted, can_focus=True):
     """One curve over the steps; `show` gives it the newest, and it repaints only if that or the view changed."""
 
-    COMPONENT_CLASSES: ClassVar[set[str]] = {"chart--axis", "chart--raw", "chart--smooth"}
+    COMPONENT_CLASSES: ClassVar[set[str]] = {"chart--axis", "chart--raw", "chart--smooth", "painted--smooth"}
     DEFAULT_CSS = """
     LossChart {
         height: 1fr; width: 1fr;
         & > .chart--axis { color: $foreground 60%; }
         & > .chart--raw { color: $foreground 45%; }
-        & > .chart--smooth { color: $accent; text-style: bold; }
+        & > .chart--smooth, & > .painted--smooth { color: $accent; text-style: bold; }
     }
     """
 
@@ -61,12 +61,12 @@ class LossChart(Painted, can_focus=True):
 
     def title(self) -> list[Part]:
         """Return the row above the plot: what the two curves are and how they are shown."""
-        view, mark = self.view, f" {self.view.glyphs.separator} "
+        view = self.view
         parts: list[Part] = [("Loss", "strong"), ("  raw", "dim")]
         if view.smoothing:
-            parts += [(mark, "dim"), (f"smoothed {view.smoothing:g}", "bar")]
+            parts.append((f"  smoothed {view.smoothing:g}", "smooth"))
         scale = "log y" if view.log_y else "linear y"
-        return [*parts, (mark + scale + mark + (f"last {view.window} steps" if view.window else "all steps"), "dim")]
+        return [*parts, (f"  {scale}  " + (f"last {view.window}" if view.window else "all steps"), "dim")]
 
     def notify_style_update(self) -> None:
         """Draw anew in the new theme."""

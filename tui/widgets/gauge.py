@@ -10,6 +10,8 @@ from lorasmith.engine.events import HardwareSampled
 from lorasmith.tui.glyphs import GlyphSet
 from lorasmith.tui.widgets.line import Painted, Part, glyphs
 
+LONGEST_WORD = len("CRITICAL")
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -49,40 +51,44 @@ def hardware_readings(sample: HardwareSampled | None) -> list[Reading]:
         return [
             Reading("VRAM", None, None, "GiB", 90, 97, note),
             Reading("RAM", None, None, "GiB", 85, 95, note),
-            Reading("GPU load", None, None, "%", never, never, note),
-            Reading("GPU temp", None, None, "°C", 80, 90, note),
+            Reading("GPU", None, None, "%", never, never, note),
+            Reading("Temp", None, None, "°C", 80, 90, note),
         ]
     missing = sample.note or "not reported"
     load, heat = sample.gpu_utilization_percent, sample.temperature_c
     return [
         Reading("VRAM", sample.vram_used_gib, sample.vram_total_gib, "GiB", 90, 97, missing),
         Reading("RAM", sample.ram_used_gib, sample.ram_total_gib, "GiB", 85, 95, missing),
-        Reading("GPU load", load, 100.0, "%", never, never, missing, decimals=0),
-        Reading("GPU temp", heat, 100.0, "°C", 80, 90, missing, decimals=0, limits_are_percent=False),
+        Reading("GPU", load, 100.0, "%", never, never, missing, decimals=0),
+        Reading("Temp", heat, 100.0, "°C", 80, 90, missing, decimals=0, limits_are_percent=False),
     ]
 
 
 def gauge_parts(reading: Reading, width: int, marks: GlyphSet) -> list[Part]:
     """Return the row of `reading`, made for `width` cells: the bar takes what the words leave, and goes first."""
-    name = f"{reading.name:<9}"
+    name = f"{reading.name:<5}"
     if reading.value is None:
         return [(name, "strong"), (reading.note, "dim")]
-    value = f"{reading.value:.{reading.decimals}f}"
-    percent = ""
-    if reading.unit in ("%", "°C"):
-        value = f"{value:>5} {reading.unit}"
-    elif reading.total:
-        value = f"{value:>5} / {reading.total:.{reading.decimals}f} {reading.unit}"
-        percent = f" {reading.percent:3.0f} %"
+    value, percent = _words(reading, reading.value)
     word = reading.word if reading.high != float("inf") else ""
-    words = f"{value:<17}{percent:<6} {word:<8}"
-    room = min(24, width - len(name) - len(words) - 1)
+    words = f"{value:<13}{percent:>6} " if width >= 34 else f"{value:<13} "
+    room = min(30, width - len(name) - len(words) - 1 - LONGEST_WORD)
     parts: list[Part] = [(name, "strong")]
     if room >= 4:
         full = round(room * min(100.0, reading.percent or 0.0) / 100.0)
         parts += [(marks.bar_full * full, "bar"), (marks.bar_empty * (room - full), "dim"), (" ", "")]
     role = {"HIGH": "high", "CRITICAL": "critical"}.get(word, "good")
-    return [*parts, (words[: len(words) - 8], ""), (word, role)]
+    return [*parts, (words, ""), (word, role)]
+
+
+def _words(reading: Reading, value: float) -> tuple[str, str]:
+    """Return value, unit and total, and the percent of the total."""
+    if reading.percent is None or not reading.limits_are_percent:
+        return f"{value:.{reading.decimals}f} {reading.unit}", ""
+    if reading.unit == "%":
+        return "load", f"{value:.0f} %"
+    decimals = 0 if reading.total and reading.total >= 100 else reading.decimals
+    return f"{value:.{decimals}f}/{reading.total:.{decimals}f} {reading.unit}", f"{reading.percent:.0f} %"
 
 
 class Gauge(Painted):

@@ -38,7 +38,7 @@ class Painted(Widget):
         & > .painted--strong { text-style: bold; }
         & > .painted--good { color: $text-success; }
         & > .painted--high { color: $text-warning; text-style: bold; }
-        & > .painted--critical { color: $text-error; text-style: bold reverse; }
+        & > .painted--critical { color: $text-error; text-style: bold; }
         & > .painted--bar { color: $primary; }
     }
     """

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from typing import ClassVar
 
-from rich.cells import chop_cells
+from rich.cells import cell_len, chop_cells
 from textual.binding import Binding, BindingType
 from textual.strip import Strip
 
@@ -17,13 +18,20 @@ WORDS = {"warning": ("WARNING ", "high"), "error": ("ERROR ", "critical"), "info
 
 
 def log_rows(line: LogLine, width: int) -> list[list[Part]]:
-    """Return the rows of one log line, wrapped to `width` cells: local time, a word for what is not info, the message."""
+    """Return one log line wrapped to `width` cells: local time, a word for what is not info, the message."""
     clock = time.strftime("%H:%M:%S ", time.localtime(line.time))
     word, role = WORDS[line.severity]
     room = max(8, width - len(clock))
-    pieces = chop_cells(word + safe_str(line.message).rstrip(), room) or [""]
+    pieces = _wrap(word + safe_str(line.message).rstrip(), room)
     rows: list[list[Part]] = [[(clock, "dim"), (word, role), (pieces[0][len(word) :], "")]]
     return rows + [[(" " * len(clock), ""), (piece, "")] for piece in pieces[1:]]
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """Return pieces of at most `width` cells, broken between words where every character is one cell."""
+    if cell_len(text) == len(text):
+        return textwrap.wrap(text, width, break_on_hyphens=False, drop_whitespace=True) or [""]
+    return chop_cells(text, width) or [""]
 
 
 class LogTail(Painted, can_focus=True):

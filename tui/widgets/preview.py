@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -26,6 +26,8 @@ from lorasmith.tui.widgets.line import Painted, glyphs
 
 Pixels = npt.NDArray[np.uint8]
 GAP = 1
+MIN_SIDE = 20
+"""Pixels below which several pictures side by side show nothing."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +41,19 @@ class Grid:
 
 
 def plan_grid(count: int, width: int, height: int) -> Grid:
-    """Return the grid for at most `count` square pictures in `width` x `height` cells that shows the largest area.
+    """Return the grid for at most `count` square pictures in `width` x `height` cells: large ones, rather two than one.
 
     One row of each picture's cells is for its caption.
     """
-    best, most = Grid(1, 1, max(1, width), max(1, height - 1)), 0
+    best, most = Grid(1, 1, max(1, width), max(1, height - 1)), 0.0
     for columns in range(1, count + 1):
         for rows in range(1, -(-count // columns) + 1):
             cell_width, cell_height = (width - GAP * (columns - 1)) // columns, height // rows - 1
             side = min(cell_width, 2 * cell_height)
-            area = min(count, columns * rows) * side * side
-            if side >= 12 and area > most:
-                best, most = Grid(columns, rows, cell_width, cell_height), area
+            # Area alone would favor one: pictures with and without the trigger are worth seeing together.
+            worth = min(count, columns * rows) ** 1.5 * side * side
+            if (side >= MIN_SIDE or columns * rows == 1) and worth > most:
+                best, most = Grid(columns, rows, cell_width, cell_height), worth
     return best
 
 
@@ -67,7 +70,9 @@ def read_pixels(path: Path, width: int, height: int) -> Pixels:
     scale = min(width / image.width, 2 * height / image.height)
     columns = max(1, min(width, round(image.width * scale)))
     rows = max(2, min(2 * height, 2 * round(image.height * scale / 2)))
-    return np.asarray(image.resize((columns, rows), Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC))
+    return np.asarray(
+        image.resize((columns, rows), Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC)
+    )
 
 
 def pixel_rows(pixels: Pixels, half_blocks: bool) -> list[list[Segment]]:
@@ -95,7 +100,7 @@ def _pixel_style(upper: tuple[int, int, int], lower: tuple[int, int, int]) -> St
 
 
 class Browser:
-    """Which previews are selected: a step and, among the pictures of that step, one; it follows new steps at the end."""
+    """Which previews are selected: a step and one of its pictures; it follows new steps while at the newest."""
 
     def __init__(self) -> None:
         """Start with nothing."""
@@ -208,7 +213,9 @@ class Preview(Painted, can_focus=True):
         paths = tuple(preview.path for preview in self._shown(grid))
         key = (paths, grid)
         if key != self._loaded.key:
-            self.run_worker(self._fetch(key, paths, grid), group="preview", exclusive=True, exit_on_error=False)
+            self.run_worker(
+                partial(self._fetch, key, paths, grid), group="preview", exclusive=True, exit_on_error=False
+            )
 
     async def _fetch(self, key: object, paths: tuple[str, ...], grid: Grid) -> None:
         self._loaded = await asyncio.to_thread(_load, key, paths, grid, glyphs().half_blocks)
@@ -233,8 +240,10 @@ class Preview(Painted, can_focus=True):
             return lines
         browser, mark = self.browser, f" {glyphs().separator} "
         where = f"{mark}step {selected.step} ({browser.step_index + 1} of {len(browser.steps)})"
-        title = [("Previews", "strong"), (where, ""), (f"{mark}{len(browser.pictures)} pictures", "dim")]
         grid = self._grid()
+        title = [("Previews", "strong"), (where, "")]
+        if len(browser.pictures) > grid.columns * grid.rows:
+            title.append((f"{mark}picture {browser.prompt_index + 1} of {len(browser.pictures)}", "dim"))
         body: list[Strip] = []
         shown = self._shown(grid)
         for begin in range(0, len(shown), grid.columns):
@@ -259,10 +268,9 @@ class Preview(Painted, can_focus=True):
         failure = self._loaded.failures.get(preview.path)
         if failure:
             strips.append(self.paint([(f"Cannot show it: {failure}", "high")], width))
-        blank = Strip.blank(width, self.rich_style)
-        strips += [blank] * (grid.cell_height - len(strips))
         role = "strong" if preview is self.browser.selected and len(self.browser.pictures) > 1 else "dim"
-        return [*strips, self.paint([(f"{preview.prompt} (seed {preview.seed})", role)], width)]
+        strips.append(self.paint([(f"{preview.prompt} (seed {preview.seed})", role)], width))
+        return strips + [Strip.blank(width, self.rich_style)] * (grid.cell_height + 1 - len(strips))
 
     def _current(self, grid: Grid) -> bool:
         key = self._loaded.key
