@@ -1,0 +1,295 @@
+"""How pictures are opened: the same pixels whatever the file's orientation, profile, depth or transparency."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+
+from lorasmith.engine.dataset import images
+from lorasmith.engine.dataset.images import open_image, read_picture
+from lorasmith.engine.errors import DatasetError
+
+# EXIF orientation: what a camera did to the upright picture before it stored the pixels.
+STORED_AS = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+P3_TO_XYZ = [[0.51512, 0.29198, 0.1571], [0.24119, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]]
+SRGB_TO_XYZ = [[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.7141]]
+GAMMA = 2.2
+
+
+def scene() -> Image.Image:
+    """A picture that differs from all its turned and mirrored versions."""
+    picture = Image.new("RGB", (24, 16), "white")
+    picture.paste((255, 0, 0), (0, 0, 8, 4))
+    picture.paste((0, 0, 255), (16, 12, 24, 16))
+    picture.paste((0, 160, 0), (0, 12, 4, 16))
+    return picture
+
+
+def p3_profile() -> bytes:
+    """A small ICC profile with the primaries of Display P3 and a plain gamma."""
+
+    def fixed(value: float) -> bytes:
+        return struct.pack(">i", round(value * 65536))
+
+    tags = {b"wtpt": b"XYZ \0\0\0\0" + fixed(0.9642) + fixed(1.0) + fixed(0.8249)}
+    for column, name in enumerate((b"r", b"g", b"b")):
+        tags[name + b"XYZ"] = b"XYZ \0\0\0\0" + b"".join(fixed(row[column]) for row in P3_TO_XYZ)
+        tags[name + b"TRC"] = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(GAMMA * 256)) + b"\0\0"
+    text = b"Test P3\0"
+    tags[b"desc"] = b"desc\0\0\0\0" + struct.pack(">I", len(text)) + text + b"\0" * 79
+    tags[b"cprt"] = b"text\0\0\0\0none\0\0\0\0"
+    table, data, offset = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
+    for name, body in tags.items():
+        body += b"\0" * (-len(body) % 4)
+        table += name + struct.pack(">II", offset + len(data), len(body))
+        data += body
+    header = struct.pack(">I", offset + len(data)) + b"lcms" + bytes.fromhex("02400000") + b"mntrRGB XYZ "
+    header += b"\0" * 12 + b"acsp" + b"\0" * 28 + fixed(0.9642) + fixed(1.0) + fixed(0.8249)
+    return header.ljust(128, b"\0") + table + data
+
+
+def reason(path: Path) -> str:
+    with pytest.raises(DatasetError) as caught:
+        open_image(path)
+    assert str(path) in caught.value.what
+    return caught.value.why
+
+
+def pixel(path: Path, background: str = "white") -> tuple[int, int, int]:
+    value = open_image(path, background).getpixel((0, 0))
+    assert isinstance(value, tuple)
+    return value  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("extension", ["png", "tiff", "webp"])
+@pytest.mark.parametrize("orientation", STORED_AS)
+def test_all_eight_exif_orientations_give_identical_pixels(tmp_path: Path, orientation: int, extension: str) -> None:
+    turn = STORED_AS[orientation]
+    stored = scene() if turn is None else scene().transpose(turn)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"photo.{extension}"
+    stored.save(path, exif=exif, **({"lossless": True} if extension == "webp" else {}))
+    opened = open_image(path)
+    assert opened.size == (24, 16)
+    assert opened.tobytes() == scene().tobytes()
+
+
+def test_damaged_exif_data_is_ignored_with_a_note(tmp_path: Path) -> None:
+    scene().save(tmp_path / "a.png", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff" + b"\x01" * 40)
+    assert open_image(tmp_path / "a.png").tobytes() == scene().tobytes()
+
+
+def test_a_color_profile_is_turned_into_srgb(tmp_path: Path) -> None:
+    color = np.array([200, 120, 80])
+    Image.new("RGB", (4, 4), tuple(color.tolist())).save(tmp_path / "p3.png", icc_profile=p3_profile())
+    linear = np.linalg.inv(SRGB_TO_XYZ) @ np.array(P3_TO_XYZ) @ (color / 255) ** GAMMA
+    expected = 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    assert np.abs(np.array(pixel(tmp_path / "p3.png")) - expected).max() <= 2
+    assert np.abs(expected - color).max() > 8
+    assert "Test P3" in " ".join(read_picture(tmp_path / "p3.png").notes)
+
+
+def test_an_srgb_profile_leaves_pixels_alone(tmp_path: Path) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    scene().save(tmp_path / "s.png", icc_profile=profile)
+    assert open_image(tmp_path / "s.png").tobytes() == scene().tobytes()
+    assert read_picture(tmp_path / "s.png").notes == ()
+
+
+def test_a_gray_picture_may_carry_a_color_profile(tmp_path: Path) -> None:
+    Image.new("L", (4, 4), 128).save(tmp_path / "g.png", icc_profile=p3_profile())
+    red, green, blue = pixel(tmp_path / "g.png")
+    assert max(abs(value - 128) for value in (red, green, blue)) <= 3
+
+
+def test_a_broken_color_profile_is_ignored_with_a_note(tmp_path: Path) -> None:
+    scene().save(tmp_path / "a.png", icc_profile=b"no profile at all")
+    picture = read_picture(tmp_path / "a.png")
+    assert picture.image.tobytes() == scene().tobytes()
+    assert "color profile" in picture.notes[0]
+
+
+@pytest.mark.parametrize(("background", "expected"), [("white", 255), ("gray", 128), ("black", 0)])
+def test_transparency_shows_the_background_and_never_hidden_colors(
+    tmp_path: Path, background: str, expected: int
+) -> None:
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "a.png")
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.save(tmp_path / "p.png", transparency=1)
+    palette.save(tmp_path / "p.gif", transparency=1)
+    Image.new("RGB", (4, 4), (255, 0, 0)).save(tmp_path / "key.png", transparency=(255, 0, 0))
+    Image.new("LA", (4, 4), (7, 0)).save(tmp_path / "la.png")
+    Image.fromarray(np.full((4, 4), 300, np.uint16)).save(tmp_path / "deep.png", transparency=300)
+    for path in tmp_path.iterdir():
+        assert pixel(path, background) == (expected,) * 3, path.name
+        assert read_picture(path).transparent
+
+
+def test_half_transparent_pixels_are_mixed_with_the_background(tmp_path: Path) -> None:
+    Image.new("RGBA", (1, 1), (0, 0, 0, 128)).save(tmp_path / "a.png")
+    assert pixel(tmp_path / "a.png") == (127, 127, 127)
+
+
+def test_an_opaque_alpha_channel_is_no_transparency(tmp_path: Path) -> None:
+    Image.new("RGBA", (4, 4), (9, 8, 7, 255)).save(tmp_path / "a.png")
+    picture = read_picture(tmp_path / "a.png")
+    assert not picture.transparent
+    assert picture.notes == ()
+
+
+def test_sixteen_bits_are_scaled_and_not_cut_off(tmp_path: Path) -> None:
+    values = np.array([[0, 257, 32896, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    Image.fromarray(values).save(tmp_path / "a.tiff")
+    Image.fromarray(values.astype(np.int32)).save(tmp_path / "long.tiff")
+    Image.fromarray((values / 65535).astype(np.float32)).save(tmp_path / "float.tiff")
+    for path in tmp_path.iterdir():
+        assert np.asarray(open_image(path))[0, :, 0].tolist() == [0, 1, 128, 255], path.name
+        assert "8 bits" in " ".join(read_picture(path).notes)
+
+
+def test_one_channel_and_one_bit_pictures_become_rgb(tmp_path: Path) -> None:
+    Image.new("L", (2, 2), 77).save(tmp_path / "l.png")
+    Image.new("1", (2, 2), 1).save(tmp_path / "one.png")
+    assert pixel(tmp_path / "l.png") == (77, 77, 77)
+    assert pixel(tmp_path / "one.png") == (255, 255, 255)
+
+
+def test_cmyk_is_used_with_a_note(tmp_path: Path) -> None:
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "c.jpg")
+    red, green, blue = pixel(tmp_path / "c.jpg")
+    assert red > 240
+    assert max(green, blue) < 15
+    assert "CMYK" in " ".join(read_picture(tmp_path / "c.jpg").notes)
+
+
+@pytest.mark.parametrize("extension", ["gif", "png", "webp", "tiff"])
+def test_the_first_frame_of_an_animation_is_used_with_a_note(tmp_path: Path, extension: str) -> None:
+    path = tmp_path / f"a.{extension}"
+    options = {"lossless": True} if extension == "webp" else {}
+    frames = [Image.new("RGB", (8, 8), color) for color in ("green", "red")]
+    frames[0].save(path, save_all=True, append_images=frames[1:], **options)
+    assert pixel(path) == (0, 128, 0)
+    assert "first of its 2 frames" in " ".join(read_picture(path).notes)
+
+
+def test_a_wrong_or_missing_extension_is_used_with_a_note(tmp_path: Path) -> None:
+    scene().save(tmp_path / "real.png")
+    for name in ("photo.jpg", "no_extension", "data.bin"):
+        path = (tmp_path / "real.png").replace(tmp_path / name)
+        assert open_image(path).tobytes() == scene().tobytes()
+        assert "is a PNG file" in read_picture(path).notes[0]
+        path.replace(tmp_path / "real.png")
+
+
+def test_metadata_does_not_travel_along(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x010F] = "Camera of Alice"
+    scene().save(tmp_path / "a.jpg", exif=exif, comment=b"secret")
+    opened = open_image(tmp_path / "a.jpg")
+    assert opened.info == {}
+    assert dict(opened.getexif()) == {}
+
+
+def test_non_ascii_paths_open(tmp_path: Path) -> None:
+    folder = tmp_path / "ünï côdé 日本"
+    folder.mkdir()
+    scene().save(folder / "キャット🐈.png")
+    assert open_image(folder / "キャット🐈.png").size == (24, 16)
+
+
+def test_what_cannot_be_used_is_refused_with_its_reason(tmp_path: Path) -> None:
+    buffer = BytesIO()
+    scene().resize((200, 200)).save(buffer, "JPEG")
+    (tmp_path / "cut.jpg").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+    (tmp_path / "zero.png").touch()
+    (tmp_path / "words.png").write_text("these are words")
+    (tmp_path / "notes.md").write_text("these are words")
+    (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 40)
+    (tmp_path / "evil.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert "truncated" in reason(tmp_path / "cut.jpg")
+    assert reason(tmp_path / "zero.png") == "the file is empty"
+    assert "no real .png" in reason(tmp_path / "words.png")
+    assert reason(tmp_path / "notes.md") == "not a picture"
+    assert "convert it to PNG" in reason(tmp_path / "phone.heic")
+    assert "convert it to PNG" in reason(tmp_path / "evil.eps")
+    assert reason(tmp_path / "gone.png") == "a link to nothing"
+    assert reason(tmp_path / "pipe.png") == "not an ordinary file"
+    assert "No such file" in reason(tmp_path / "absent.png")
+
+
+@pytest.mark.parametrize("side", [16_000, 60_000])
+def test_a_decompression_bomb_is_refused_before_it_unpacks(tmp_path: Path, side: int) -> None:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    data = chunk(b"IDAT", zlib.compress(b"\0" * 100_000))
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + data + chunk(b"IEND", b""))
+    assert reason(tmp_path / "bomb.png") == "larger than 200 megapixels"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError, Image.DecompressionBombError, IndexError, TypeError, MemoryError, SyntaxError, NotImplementedError,
+        struct.error, OSError, zlib.error, KeyError, ZeroDivisionError, EOFError,
+    ],
+)  # fmt: skip
+def test_whatever_a_decoder_raises_becomes_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    scene().save(tmp_path / "a.png")
+    monkeypatch.setattr(images.Image, "open", fail)
+    assert reason(tmp_path / "a.png")
+
+
+@pytest.fixture(scope="module")
+def encoded() -> dict[str, bytes]:
+    files = {}
+    for kind in ("png", "jpeg", "gif", "webp", "tiff", "bmp", "avif", "jpeg2000"):
+        buffer = BytesIO()
+        scene().save(buffer, kind)
+        files[kind] = buffer.getvalue()
+    return files
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_files_open_or_are_refused_but_never_escape(
+    data: st.DataObject, encoded: dict[str, bytes], tmp_path: Path
+) -> None:
+    content = bytearray(encoded[data.draw(st.sampled_from(sorted(encoded)))])
+    for _ in range(data.draw(st.integers(0, 6))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path / "fuzz"
+    path.write_bytes(content[: data.draw(st.integers(1, len(content)))])
+    try:
+        assert open_image(path).mode == "RGB"
+    except DatasetError as error:
+        assert error.why  # noqa: PT017 - either outcome is fine, without a reason it is not
