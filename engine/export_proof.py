@@ -180,6 +180,10 @@ def _load_with_diffusers(path: Path, family: Family, names: dict[str, AdapterMod
     copies: dict[Component, torch.nn.Module] = {name: _without_weights(components[name]) for name in used}
     with _complaints() as complaints:
         try:
+            # Loading into nothing first: at their first use the libraries complain of what is not installed, which says
+            # nothing about this file.
+            family_module(family).load_lora(path, {})
+            complaints.clear()
             family_module(family).load_lora(path, copies)
         except Exception as error:  # any failure of a reader is the answer that the proof looks for
             raise ExportError(f"diffusers cannot load {path.name}.", why=f"{type(error).__name__}: {error}") from error

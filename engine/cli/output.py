@@ -107,10 +107,15 @@ def _write_first(folders: Iterable[Path], name: str, text: str) -> Path | None:
 
 def columns(rows: Sequence[Sequence[object]], indent: str = "  ") -> list[str]:
     """Return `rows` as lines with aligned columns; the last column is not padded."""
+    from rich.cells import cell_len
+
     texts = [[visible(cell) for cell in row] for row in rows]
     if not texts:
         return []
-    widths = [max(len(row[index]) for row in texts) for index in range(len(texts[0]))]
+    # Cells and not characters: those of East Asian scripts are two cells wide.
+    widths = [max(cell_len(row[index]) for row in texts) for index in range(len(texts[0]))]
     return [
-        indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in texts
+        indent
+        + "  ".join(text + " " * (width - cell_len(text)) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in texts
     ]

@@ -181,9 +181,7 @@ def _summary(folder: RunFolder, printer: RunPrinter, seconds: float) -> dict[str
 
 
 def demo(
-    headless: Annotated[
-        bool, typer.Option("--headless", help="Train without the wizard, with progress lines.")
-    ] = False,
+    headless: Annotated[bool, typer.Option("--headless", help="Train without the wizard.")] = False,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder in which the run folder is made.")] = Path("runs"),
     sets: Sets = None,
 ) -> None:
