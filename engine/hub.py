@@ -37,10 +37,13 @@ def download_base(repo: str, revision: str = "main", on_progress: OnProgress | N
 
     try:
         return _download(repo, revision, on_progress)
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx2.TransportError, TimeoutError):
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx2.TransportError, TimeoutError) as error:
         cached = cached_folder(repo, revision)
         if cached is not None:
             return cached
+        # A file that the Hub refuses is reported as one that is not in the cache either.
+        if isinstance(error.__cause__, errors.HfHubHTTPError):
+            raise _explain(error.__cause__, repo, revision) from None
         raise HubError(
             f"The Hub cannot be reached, and {repo} is not complete in the cache.",
             why="This machine is offline, or HF_HUB_OFFLINE is set.",
@@ -121,13 +124,11 @@ def _remember_branch(repo: str, revision: str, commit: str, snapshot: Path) -> N
 
 def _silent_bar(on_progress: OnProgress | None, name: str, done: int, total: int) -> Any:
     """Return a progress-bar class that draws nothing and reports bytes instead."""
-    import huggingface_hub.utils
+    from huggingface_hub.utils.tqdm import tqdm
 
-    bar: Any = vars(huggingface_hub.utils)["tqdm"]
-
-    class SilentBar(bar):  # type: ignore[misc]
+    class SilentBar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "disable": True})
+            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
             self.seen = int(kwargs.get("initial") or 0)
 
         def update(self, n: float | None = 1) -> None:
