@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine import storage
 from lorasmith.engine.dataset.buckets import BucketPlan, plan_buckets
-from lorasmith.engine.families import families, identify_base
-from lorasmith.engine.run_file import ResolvedConfig
-from lorasmith.engine.sources import BaseFiles, is_hub_id, locate_base
+from lorasmith.engine.families import families
 
 if TYPE_CHECKING:
     from lorasmith.engine.config import AdapterSettings, RunConfig
     from lorasmith.engine.dataset.scan import Dataset
     from lorasmith.engine.families import BaseIdentity, FamilySpec
-    from lorasmith.engine.sources import TensorInfo
+    from lorasmith.engine.run_file import ResolvedConfig
+    from lorasmith.engine.sources import BaseFiles, TensorInfo
 
 GIB = 1 << 30
 _DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
@@ -173,32 +172,6 @@ def build_plan(
         warnings=(),
     )
     return dataclasses.replace(plan, warnings=tuple(_warnings(config, plan)))
-
-
-def plan_run(config: RunConfig) -> Plan:
-    """Return the plan of a run file: finds the base where it is on this machine, and scans the pictures.
-
-    Nothing is downloaded: a Hub model that is not here yet leaves its figures open. Raises what finding a local base
-    and scanning raise.
-    """
-    from lorasmith.engine.dataset.scan import require_captions, scan_dataset
-
-    files = _local_base(config)
-    identity = identify_base(files, config.base.family)[1] if files is not None else None
-    dataset = require_captions(scan_dataset(config.dataset), config.dataset) if config.dataset.folder else None
-    return build_plan(ResolvedConfig(config, {}), identity, dataset, files)
-
-
-def _local_base(config: RunConfig) -> BaseFiles | None:
-    model = config.base.model.strip()
-    if not model:
-        return None
-    if not is_hub_id(model):
-        return locate_base(model, config.base.revision)
-    from lorasmith.engine.hub import cached_folder
-
-    folder = cached_folder(model, config.base.revision)
-    return None if folder is None else BaseFiles("folder", folder, model)
 
 
 def _epochs(config: RunConfig, dataset: Dataset | None, buckets: BucketPlan | None) -> dict[str, Any]:
