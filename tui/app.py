@@ -68,10 +68,6 @@ class LorasmithApp(App[int]):
 
     # Pages
 
-    def get_default_screen(self) -> Screen[None]:
-        """The first page is painted at once, without an empty screen before it."""
-        return self._page("hardware")
-
     def visit(self, name: str, key: str = "") -> None:
         """Show a page, at the field of `key` if one is given, and remember that it was seen."""
         for seen in (self.draft.page, name):
@@ -96,6 +92,7 @@ class LorasmithApp(App[int]):
 
     def on_mount(self) -> None:
         """Look at the machine and, when the first page stands, begin to load torch behind it."""
+        self.push_screen(self._page("hardware"))
         if not fits(self.size.width, self.size.height):
             self.push_screen(TooSmall())
         self.look("hardware", (), self.probes.hardware)
@@ -137,6 +134,8 @@ class LorasmithApp(App[int]):
 
     def change(self, key: str, text: str) -> str:
         """Take a typed value into the draft; return what is wrong with it, in words."""
+        if text == self.draft.text(key, self.advice()):  # an input tells its first value too
+            return ""
         problem = self.draft.put(key, text)
         self.changed()
         return problem

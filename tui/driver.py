@@ -6,6 +6,7 @@ the input, and stops the whole process on SIGTSTP; each would stop a training th
 
 from __future__ import annotations
 
+import codecs
 import os
 import queue
 import selectors
@@ -15,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from textual._parser import ParseError
 from textual._xterm_parser import XTermParser
+from textual.drivers import linux_driver
 from textual.drivers._writer_thread import WriterThread
 from textual.drivers.linux_driver import LinuxDriver
 
@@ -94,14 +96,12 @@ class SafeDriver(LinuxDriver):
     def start_application_mode(self) -> None:
         """Take over the terminal, with the writer that never waits."""
         # The base class makes its writer by this module-level name, in the middle of a long method.
-        from textual.drivers import linux_driver
-
-        stock = linux_driver.WriterThread
-        linux_driver.WriterThread = self._make_writer  # type: ignore[assignment,misc]
+        names = vars(linux_driver)
+        names["WriterThread"] = self._make_writer
         try:
-            super().start_application_mode()
+            super().start_application_mode()  # type: ignore[no-untyped-call]
         finally:
-            linux_driver.WriterThread = stock  # type: ignore[misc]
+            names["WriterThread"] = WriterThread
 
     def _make_writer(self, file: IO[str]) -> SafeWriter:
         return SafeWriter(file, on_recovered=self._repaint, on_lost=self._tell_loss)
@@ -137,8 +137,6 @@ class SafeDriver(LinuxDriver):
 
     def run_input_thread(self) -> None:
         """Read keys until asked to end, or until the terminal is gone."""
-        import codecs
-
         parser = XTermParser(self._debug)
         decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         with selectors.SelectSelector() as selector:

@@ -99,7 +99,7 @@ def bounds_of(key: str) -> str:
     if "ge" in limits or "gt" in limits:
         words.append(f"from {limits['ge']:g}" if "ge" in limits else f"above {limits['gt']:g}")
     if "le" in limits or "lt" in limits:
-        words.append(f"to {limits['le']:,}" if "le" in limits else f"below {limits['lt']:,}")
+        words.append(f"to {_plainly(limits['le'])}" if "le" in limits else f"below {_plainly(limits['lt'])}")
     if "multiple_of" in limits:
         words.append(f"in steps of {limits['multiple_of']}")
     return " ".join(words)
@@ -155,3 +155,7 @@ def _plain(annotation: Any) -> Any:
 
 def _limit(item: Any, name: str) -> Any:
     return getattr(item, name, None)
+
+
+def _plainly(number: float) -> str:
+    return f"{number:,.0f}" if number == int(number) else f"{number:g}"

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine.errors import LorasmithError
@@ -110,10 +111,10 @@ class Look:
 
 
 def find_hardware(tell: Tell) -> Any:
-    """Return the machine's snapshot."""
+    """Return the machine's snapshot, with the disk where runs go."""
     from lorasmith.engine.hardware import snapshot
 
-    return snapshot()
+    return snapshot([Path.cwd()])
 
 
 def find_base(model: str, revision: str, family: str, tell: Tell) -> FoundBase:

@@ -142,9 +142,9 @@ class SettingField(Vertical):
         if problem:
             note = safe_text(f"✗ {problem}")
         elif origin == "wizard":
-            note = safe_text(f"* changed by you (r: back to the recommended value){f' · {reason}' if reason else ''}")
+            note = safe_text("* changed by you; r takes it back")
         else:
-            note = safe_text(" · ".join(part for part in (origin, reason, bounds_of(self.key) if not reason else "") if part))
+            note = safe_text(" · ".join(part for part in (origin, reason or bounds_of(self.key)) if part))
         self._note.set_class(bool(problem), "problem")
         self._note.update(note, layout=False)
 
@@ -183,7 +183,8 @@ def field_id(key: str) -> str:
 def told(error: BaseException) -> Text:
     """Return an error in its three parts: what happened, why, what to do."""
     what, why, fix = (getattr(error, part, "") for part in ("what", "why", "fix"))
-    text = Text("✗ ", style="bold")
+    text = Text()
+    text.append("✗ ", "bold")
     text.append(safe_str(what or f"{type(error).__name__}: {error}", lines=True), style="bold")
     for part in (why, fix):
         if part:

@@ -74,9 +74,8 @@ class Terminal:
         for source, target in ((0, TTY_IN), (1, TTY_OUT), (1, TTY_ERR)):
             os.dup2(source, target, inheritable=False)
         self._streams = (sys.__stdin__, sys.__stdout__, sys.__stderr__)
-        sys.__stdin__ = _stream(TTY_IN, "r")  # type: ignore[misc]
-        sys.__stdout__ = _stream(TTY_OUT, "w")  # type: ignore[misc]
-        sys.__stderr__ = _stream(TTY_ERR, "w")  # type: ignore[misc]
+        own = [_stream(fd, mode) for fd, mode in ((TTY_IN, "r"), (TTY_OUT, "w"), (TTY_ERR, "w"))]
+        sys.__stdin__, sys.__stdout__, sys.__stderr__ = own  # type: ignore[misc]
         _tell_rich()
         self._redirect(log_path)
 
@@ -123,8 +122,8 @@ class Terminal:
             self.lost = True
 
 
-def _stream(fd: int, mode: str) -> TextIO:
-    return open(fd, mode, encoding="utf-8", errors="replace", closefd=False)  # type: ignore[return-value]
+def _stream(fd: int, mode: str) -> Any:
+    return open(fd, mode, encoding="utf-8", errors="replace", closefd=False)
 
 
 def _tell_rich() -> None:

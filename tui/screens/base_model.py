@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from lorasmith.tui.findings import FoundBase
 
 CHOICES = {
-    "demo": "Demo: the small base model that comes along; trains in minutes on a CPU",
-    "hub": "From the Hugging Face Hub: owner/name",
-    "local": "A folder or .safetensors file on this machine",
+    "demo": "Demo: comes along, trains in minutes on a CPU",
+    "hub": "Hugging Face Hub: owner/name",
+    "local": "Folder or .safetensors file on this machine",
 }
 _PLACEHOLDERS = {"hub": "stable-diffusion-v1-5/stable-diffusion-v1-5", "local": "/path/to/model.safetensors"}
 

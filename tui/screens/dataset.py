@@ -119,7 +119,8 @@ class DatasetPage(WizardPage):
 def dataset_text(found: FoundDataset) -> Text:
     """Return the counts: found = used + not used, captions, regularization, notes about pictures."""
     dataset, pictures = found.dataset, found.pictures
-    text = Text("✓ ")
+    text = Text()
+    text.append("✓ ")
     regular = len(dataset.items) - len(pictures)
     also = f" and {regular} regularization pictures" if regular else ""
     text.append(f"{len(pictures)} pictures{also}", "bold")
@@ -133,7 +134,8 @@ def dataset_text(found: FoundDataset) -> Text:
 
 def buckets_text(plan: BucketPlan) -> Text:
     """Return the bucket table: size, pictures, what is cut off at most, and the most enlargement."""
-    text = Text("\nSize          pictures  cut off at most  enlarged at most\n", "bold")
+    text = Text()
+    text.append("\nSize          pictures  cut off at most  enlarged at most\n", "bold")
     for name, count in plan.counts().items():
         samples = [sample for sample in plan.samples if str(sample.bucket) == name]
         crop = max(sample.crop_loss for sample in samples)
@@ -147,7 +149,8 @@ def prompts_text(found: FoundDataset, trigger: str) -> Text:
     """Return the first prompts exactly as they reach the text encoder."""
     from lorasmith.engine.dataset.captions import compose
 
-    text = Text("\nPrompts as the text encoder reads them\n", "bold")
+    text = Text()
+    text.append("\nPrompts as the text encoder reads them\n", "bold")
     for item in found.pictures[:NUM_PROMPTS]:
         text.append(f"  {safe_str(compose(item.caption, trigger))}\n")
         text.append(f"    {safe_str(item.relative)}\n", "dim")

@@ -157,9 +157,10 @@ def preview_sheet(state: RunState) -> str:
 
 def run_folder(state: RunState) -> str:
     """Return the run's folder as its results tell it, "" before there are any."""
-    for item in (*state.checkpoints, *state.exports, *state.previews):
-        for parent in Path(item.path).parents:
-            if parent.name in ("checkpoints", "export", "previews"):
+    paths = [item.path for item in state.checkpoints] + [item.path for item in state.previews]
+    for path in paths:
+        for parent in Path(path).parents:
+            if parent.name in ("checkpoints", "previews"):
                 return str(parent.parent)
     return ""
 

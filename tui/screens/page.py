@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, cast
 
+from rich.text import Text
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import BindingType
@@ -33,6 +34,10 @@ class WizardPage(Screen[None]):
     HELP_TEXT: ClassVar[str] = ""
     BINDINGS: ClassVar[list[BindingType]] = [*bindings("page")]
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (80, "-normal"), (120, "-wide")]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._labels: list[str] = []
 
     @property
     def wizard(self) -> LorasmithApp:
@@ -84,18 +89,22 @@ class WizardPage(Screen[None]):
         self.refresh_page()
 
     def show_steps(self) -> None:
-        """Redraw the marks of the step list, and the saved state."""
+        """Redraw the marks of the step list and say whether the draft is on the disk."""
+        file = self.wizard.file
+        saved = f"draft not saved: {file.problem}" if file.problem else "draft saved" if file.saved else ""
+        self.query_one("#title-right", Static).update(safe_text(saved))
         steps = self.query_one(StepList)
         marks = self.wizard.marks()
         labels = [f"{marks[name]} {index} {title}" for index, (name, title) in enumerate(PAGES.items(), 1)]
-        if steps.option_count != len(labels):
-            steps.clear_options()
-            steps.add_options(labels)
-            steps.highlighted = list(PAGES).index(self.PAGE)
+        here = list(PAGES).index(self.PAGE)
+        if labels == self._labels:
             return
-        for index, label in enumerate(labels):
-            if str(steps.get_option_at_index(index).prompt) != label:
-                steps.replace_option_prompt_at_index(index, label)
+        self._labels = labels
+        highlighted = steps.highlighted if steps.option_count else here
+        steps.clear_options()
+        # The current step is marked by reverse video, which every terminal has.
+        steps.add_options(Text(label, "bold reverse" if index == here else "") for index, label in enumerate(labels))
+        steps.highlighted = highlighted
 
     def reveal(self, key: str) -> None:
         """Move to the field of a setting; pages with more than one field know where it is."""

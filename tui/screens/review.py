@@ -30,7 +30,7 @@ class ReviewPage(WizardPage):
     """Start is blocked until every problem is solved; Enter on a problem leads to its field."""
 
     PAGE = "review"
-    AUTO_FOCUS = "#problems, #next"
+    AUTO_FOCUS = None
     BINDINGS: ClassVar[list[BindingType]] = [*bindings("review")]
     HELP_TEXT: ClassVar[str] = (
         "Everything that will be trained, as the run file that `lorasmith train` takes. y copies the command, t the file.\n\n"
@@ -59,10 +59,7 @@ class ReviewPage(WizardPage):
         self.wizard.look_at_base()
         self.wizard.look_at_dataset()
         super().on_mount()
-        if self.query_one("#problems").display:
-            self.query_one("#problems").focus()
-        else:
-            self.query_one("#next").focus()
+        self.query_one("#problems" if self._shown else "#next").focus(scroll_visible=False)
 
     def _pending(self) -> list[str]:
         names = {"base_model": "the base model", "dataset": "the pictures", "start": "the start"}
@@ -88,7 +85,8 @@ class ReviewPage(WizardPage):
             return
         from lorasmith.engine.run_file import to_toml
 
-        command = Text("The same without the wizard (y copies it)\n", "bold")
+        command = Text()
+        command.append("The same without the wizard (y copies it)\n", "bold")
         command.append(f"  {safe_str(self._command())}")
         self.query_one("#command", Status).say(command)
         self.query_one("#toml", Static).update(safe_text(to_toml(resolved), lines=True))

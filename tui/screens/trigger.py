@@ -85,14 +85,16 @@ class TriggerPage(WizardPage):
         found = self.wizard.dataset
         if found is None or not found.pictures or not trigger.strip():
             return
-        text = Text("The first caption with it\n", "bold")
+        text = Text()
+        text.append("The first caption with it\n", "bold")
         text.append(f"  {safe_str(compose(found.pictures[0].caption, trigger))}")
         self.query_one("#example", Status).say(text)
 
 
 def tokens_text(words: list[Word], trigger: str) -> Text:
     """Return how each text encoder reads the word, and the warnings."""
-    text = Text("How the base reads it\n", "bold")
+    text = Text()
+    text.append("How the base reads it\n", "bold")
     for word in words:
         shown = "  ".join(safe_str(token).replace("</w>", "·") for token in word.tokens)
         count = len(word.tokens)

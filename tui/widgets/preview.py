@@ -19,6 +19,7 @@ from rich.color import Color
 from rich.segment import Segment
 from rich.style import Style
 from textual.strip import Strip
+from textual.worker import Worker
 
 from lorasmith.engine.errors import LorasmithError
 from lorasmith.engine.events import PreviewReady
@@ -172,6 +173,7 @@ class Preview(Painted, can_focus=True):
         self.browser = Browser()
         self._previews: tuple[PreviewReady, ...] = ()
         self._loaded = _Loaded(None, {}, {})
+        self._wanted: object = None
         self._strips: list[Strip] | None = None
 
     def show(self, previews: tuple[PreviewReady, ...]) -> None:
@@ -211,16 +213,19 @@ class Preview(Painted, can_focus=True):
             return
         grid = self._grid()
         paths = tuple(preview.path for preview in self._shown(grid))
-        key = (paths, grid)
+        key: object = (paths, grid)
+        self._wanted = key
         if key != self._loaded.key:
-            self.run_worker(
+            _: Worker[None] = self.run_worker(
                 partial(self._fetch, key, paths, grid), group="preview", exclusive=True, exit_on_error=False
             )
 
     async def _fetch(self, key: object, paths: tuple[str, ...], grid: Grid) -> None:
-        self._loaded = await asyncio.to_thread(_load, key, paths, grid, glyphs().half_blocks)
-        self._strips = None
-        self.refresh()
+        loaded = await asyncio.to_thread(_load, key, paths, grid, glyphs().half_blocks)
+        if key == self._wanted:
+            self._loaded = loaded
+            self._strips = None
+            self.refresh()
 
     def render_line(self, y: int) -> Strip:
         """Return row `y`, drawn once for all rows."""

@@ -1,0 +1,44 @@
+"""The monitor over a session without torch, as a program for tests in a real pty: FOLDER STEPS [crash]."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from textual.app import App
+
+from lorasmith.tui.screens.monitor import MonitorScreen
+from lorasmith.tui.terminal import run_app
+from tests.tui.fake_session import BeatingSession
+
+
+class HostedApp(App[int]):
+    def __init__(self, session: BeatingSession, crash: bool) -> None:
+        super().__init__()
+        self.session = session
+        self.crash = crash
+
+    def on_mount(self) -> None:
+        self.push_screen(MonitorScreen(self.session))
+        if self.crash:
+            self.set_timer(0.5, self.fail)
+
+    def fail(self) -> None:
+        raise RuntimeError("a mistake in the screen")
+
+    async def action_quit(self) -> None:
+        screen: Any = self.screen
+        screen.request_quit()
+
+
+def main() -> int:
+    folder, steps = Path(sys.argv[1]), int(sys.argv[2])
+    session = BeatingSession(folder, steps)
+    session.start()
+    app = HostedApp(session, crash="crash" in sys.argv[3:])
+    return run_app(app, lambda: session, folder / "screen.log")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
