@@ -1,0 +1,350 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorasmith.engine import checkpoints, run_setup, storage, trainer
+from lorasmith.engine.adapters import attach_adapter
+from lorasmith.engine.commands import Command
+from lorasmith.engine.compute import choose_compute
+from lorasmith.engine.config import RunConfig, TrainSettings
+from lorasmith.engine.dataset.loader import Batch
+from lorasmith.engine.errors import ConfigError, HardwareError, StorageError, TrainingError
+from lorasmith.engine.events import (
+    CheckpointPruned,
+    CheckpointSaved,
+    CommandReceived,
+    DatasetReady,
+    ExportDone,
+    Logged,
+    Paused,
+    PreviewReady,
+    Resumed,
+    RunEnded,
+    RunStarted,
+    StageChanged,
+    StepsDone,
+)
+from lorasmith.engine.learner import Learner
+from tests.engine.running import RecordingHost, load_tiny, new_run, run_training, texts, tiny_config
+
+
+def tiny_learner(config: RunConfig) -> Learner:
+    host = RecordingHost()
+    compute = choose_compute(config.train)
+    files, family = run_setup.load_base(config, compute, host.emit)
+    material = run_setup.read_dataset(config, family, host.emit)
+    adapter = attach_adapter(family, config.adapter, config.run.seed)
+    learner = run_setup.build_training(config, files, family, material, adapter, host.emit, lambda: False)
+    assert learner is not None
+    return learner
+
+
+def names(host: RecordingHost, *kinds: type) -> list[str]:
+    return [type(event).__name__ for event in host.events if isinstance(event, kinds)]
+
+
+def test_a_run_goes_through_its_stages_and_ends_with_a_proved_file(tiny_sd15: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_sd15, tmp_path, train={"steps": 5, "log_every": 2}, previews={"every": 5})
+    run, host = run_training(config)
+    assert isinstance(host.events[0], RunStarted)
+    assert "torch" in host.events[0].versions
+    assert [event.stage for event in host.of(StageChanged)] == ["load", "scan", "cache", "train", "finish"]
+    assert host.of(DatasetReady)[0].images == 5
+    assert [event.step for event in host.of(StepsDone)] == [2, 4, 5]
+    assert all(math.isfinite(loss) for loss in host.losses())
+    assert len(host.of(PreviewReady)) == 2
+    assert [event.step for event in host.of(CheckpointSaved)] == [5]
+    assert Path(host.of(ExportDone)[0].path).parent == run.export
+    ended = host.events[-1]
+    assert isinstance(ended, RunEnded)
+    assert (ended.outcome, ended.step, ended.exit_code) == ("finished", 5, 0)
+
+
+def test_the_order_is_save_prune_preview(tiny_sd15: Path, tmp_path: Path) -> None:
+    config = tiny_config(
+        tiny_sd15, tmp_path, checkpoints={"every": 2, "keep": 1}, previews={"every": 2, "prompts": ["a"]}
+    )
+    _, host = run_training(config)
+    assert names(host, StepsDone, CheckpointSaved, CheckpointPruned, PreviewReady, ExportDone) == [
+        *["StepsDone", "CheckpointSaved", "PreviewReady"],
+        *["StepsDone", "CheckpointSaved", "CheckpointPruned", "PreviewReady", "ExportDone"],
+    ]
+
+
+def test_training_on_one_batch_brings_its_loss_down(tiny_sd15: Path, tmp_path: Path) -> None:
+    learner = tiny_learner(tiny_config(tiny_sd15, tmp_path, optimizer={"learning_rate": 1e-2}, adapter={"rank": 8}))
+    losses = [float(learner.run_step(0)[0]) for _ in range(30)]
+    assert losses[-1] < 0.97 * losses[0]
+
+
+@pytest.fixture
+def device_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every place where Python asks a tensor for a number, which on a GPU waits for all work before it."""
+    reads: list[str] = []
+    for name in ("item", "tolist", "__float__", "__bool__", "__int__", "__index__", "numpy"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(self: torch.Tensor, *rest: Any, _name: str = name, _original: Any = original) -> Any:
+            reads.append(_name)
+            return _original(self, *rest)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    return reads
+
+
+def test_a_step_never_waits_for_the_device(tiny_sd15: Path, tmp_path: Path, device_reads: list[str]) -> None:
+    learner = tiny_learner(tiny_config(tiny_sd15, tmp_path, train={"gradient_accumulation": 2}))
+    learner.run_step(0)
+    device_reads.clear()
+    loss, norm = learner.run_step(1)
+    assert device_reads == []
+    assert loss.dim() == norm.dim() == 0
+
+
+def test_accumulating_two_pictures_gives_the_gradient_of_a_batch_of_two(tiny_sd15: Path, tmp_path: Path) -> None:
+    learner = tiny_learner(tiny_config(tiny_sd15, tmp_path, dataset={"buckets": False}))
+    batch = learner.loader.batch(0)
+    learner.batch_loss(batch, step=3, first=0).backward()
+    together = [p.grad.clone() for p in learner.adapter.parameters() if p.grad is not None]
+    learner.optimizer.zero_grad()
+    for i in range(2):
+        part = Batch(
+            batch.latents[i : i + 1], batch.captions[i : i + 1], batch.indices[i : i + 1], batch.weights[i : i + 1]
+        )
+        (learner.batch_loss(part, step=3, first=i) / 2).backward()
+    parts = [p.grad for p in learner.adapter.parameters() if p.grad is not None]
+    assert all(torch.allclose(one, two, atol=1e-6, rtol=1e-4) for one, two in zip(together, parts, strict=True))
+
+
+def test_gradient_checkpointing_changes_no_loss(tiny_sd15: Path, tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"adapter": {"rank": 2, "alpha": 2.0, "text_encoder": True, "dropout": 0.2}}
+    losses = []
+    for checkpointing in (False, True):
+        learner = tiny_learner(
+            tiny_config(tiny_sd15, tmp_path, **sections, train={"gradient_checkpointing": checkpointing})
+        )
+        losses.append([float(learner.run_step(step)[0]) for step in range(3)])
+    assert losses[0] == losses[1]
+
+
+def test_clipping_bounds_the_gradient_and_reports_its_length_before(tiny_sd15: Path, tmp_path: Path) -> None:
+    free = tiny_learner(tiny_config(tiny_sd15, tmp_path, optimizer={"max_grad_norm": 0.0, "name": "lion"}))
+    tight = tiny_learner(tiny_config(tiny_sd15, tmp_path, optimizer={"max_grad_norm": 1e-4, "name": "lion"}))
+    norms = [float(learner.run_step(0)[1]) for learner in (free, tight)]
+    assert norms[0] == norms[1] > 1e-4
+    # Lion keeps a hundredth of what it was given.
+    kept = [torch.stack([s["exp_avg"].norm() for s in lr.optimizer.state.values()]).norm() for lr in (free, tight)]
+    assert float(kept[0]) == pytest.approx(0.01 * norms[0], rel=1e-3)
+    assert float(kept[1]) == pytest.approx(0.01 * 1e-4, rel=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_trains_fp32_weights_to_finite_losses(precision: str, tiny_sd15: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_sd15, tmp_path, train={"precision": precision, "steps": 3})
+    learner = tiny_learner(config)
+    assert learner.family.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert (learner.scaler is not None) == (precision == "fp16")
+    before = learner.adapter.state_dict()
+    losses = [float(learner.run_step(step)[0]) for step in range(3)]
+    assert all(math.isfinite(loss) for loss in losses)
+    after = learner.adapter.state_dict()
+    assert {value.dtype for value in after.values()} == {torch.float32}
+    assert any(not torch.equal(value, before[key]) for key, value in after.items())
+
+
+def test_encoders_leave_memory_after_caching_unless_they_are_trained(tiny_sd15: Path, tmp_path: Path) -> None:
+    assert not tiny_learner(tiny_config(tiny_sd15, tmp_path)).family.text_encoders
+    assert tiny_learner(tiny_config(tiny_sd15, tmp_path, adapter={"text_encoder": True})).family.text_encoders
+
+
+def test_stop_saves_a_checkpoint_and_says_that_the_run_can_go_on(tiny_sd15: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_sd15, tmp_path, train={"steps": 50, "log_every": 1})
+    run, host = run_training(config, RecordingHost(at={3: [Command.STOP]}))
+    ended = host.events[-1]
+    assert isinstance(ended, RunEnded)
+    assert (ended.outcome, ended.step, ended.exit_code) == ("stopped", 3, 130)
+    assert [event.step for event in host.of(CheckpointSaved)] == [3]
+    assert not host.of(ExportDone)
+    assert (run.checkpoints / "step-00000003").is_dir()
+
+
+def test_stop_while_pictures_are_encoded_ends_before_the_first_step(tiny_sd15: Path, tmp_path: Path) -> None:
+    _, host = run_training(tiny_config(tiny_sd15, tmp_path), RecordingHost(at={0: [Command.STOP]}))
+    assert host.of(RunEnded)[0].outcome == "stopped"
+    assert not host.of(StepsDone)
+
+
+def test_save_and_preview_come_when_asked_for(tiny_sd15: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_sd15, tmp_path, train={"steps": 5, "log_every": 1}, previews={"prompts": ["a"]})
+    _, host = run_training(config, RecordingHost(at={2: [Command.SAVE_NOW, Command.PREVIEW_NOW]}))
+    assert [event.command for event in host.of(CommandReceived)] == ["save_now", "preview_now"]
+    assert [event.step for event in host.of(CheckpointSaved)] == [2, 5]
+    assert [event.step for event in host.of(PreviewReady)] == [2]
+
+
+def test_pause_waits_and_resume_goes_on(tiny_sd15: Path, tmp_path: Path) -> None:
+    host = RecordingHost(at={2: [Command.PAUSE]})
+    host.on_event = lambda event: host.waiting.extend(
+        [Command.SAVE_NOW, Command.RESUME] if isinstance(event, Paused) else []
+    )
+    _, host = run_training(tiny_config(tiny_sd15, tmp_path, train={"steps": 4, "log_every": 1}), host)
+    order = names(host, Paused, Resumed, CheckpointSaved, RunEnded)
+    assert order == ["Paused", "CheckpointSaved", "Resumed", "CheckpointSaved", "RunEnded"]
+    assert [event.step for event in host.of(Paused)] == [2]
+    assert host.of(StepsDone)[-1].step == 4
+
+
+def test_stop_ends_a_pause(tiny_sd15: Path, tmp_path: Path) -> None:
+    host = RecordingHost(at={2: [Command.PAUSE]})
+    host.on_event = lambda event: host.waiting.extend([Command.STOP] if isinstance(event, Paused) else [])
+    _, host = run_training(tiny_config(tiny_sd15, tmp_path, train={"steps": 4, "log_every": 1}), host)
+    assert host.of(RunEnded)[0].outcome == "stopped"
+    assert host.of(CheckpointSaved)[0].step == 2
+
+
+def test_a_pause_does_not_count_as_training_time(tiny_sd15: Path, tmp_path: Path) -> None:
+    host = RecordingHost(at={1: [Command.PAUSE]})
+
+    def wait(timeout: float) -> Command:
+        trainer.time.sleep(0.5)
+        return Command.RESUME
+
+    host.wait_command = wait  # type: ignore[method-assign]
+    _, host = run_training(tiny_config(tiny_sd15, tmp_path, train={"steps": 3, "log_every": 1}), host)
+    assert host.of(Resumed)
+    assert max(event.seconds_per_step for event in host.of(StepsDone)[1:]) < 0.4
+
+
+def test_a_preview_that_fails_is_a_warning(tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no decoder")
+
+    monkeypatch.setattr(trainer, "preview_conditionings", broken)
+    _, host = run_training(tiny_config(tiny_sd15, tmp_path, previews={"every": 2}))
+    assert "no decoder" in texts([e for e in host.of(Logged) if e.severity == "warning"])
+    assert host.of(RunEnded)[0].outcome == "finished"
+
+
+def test_a_save_that_fails_is_an_error_in_the_log_and_training_goes_on(
+    tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[int] = []
+
+    def full(folder: Path, step: int, tensors: Any, state: Any) -> Path:
+        tries.append(step)
+        if len(tries) in (1, 2):
+            raise storage.storage_error(folder / f"step-{step:08d}", 10**15, "No space left on device")
+        return checkpoints.save_checkpoint(folder, step, tensors, state)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", full)
+    _, host = run_training(tiny_config(tiny_sd15, tmp_path, checkpoints={"every": 2}))
+    assert tries == [2, 4, 4]
+    errors = texts([event for event in host.of(Logged) if event.severity == "error"])
+    assert "disk is full" in errors
+    assert "step-00000002 (1000000000000000 bytes needed" in errors
+    assert host.of(RunEnded)[0].outcome == "finished"
+
+
+def test_where_the_last_save_fails_the_lora_is_still_exported_and_the_error_raised(
+    tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path, *_: object) -> Path:
+        raise storage.storage_error(folder, 10**15, "No space left on device")
+
+    monkeypatch.setattr(trainer, "save_checkpoint", full)
+    monkeypatch.setattr(trainer.time, "sleep", lambda seconds: None)
+    host = RecordingHost()
+    with pytest.raises(StorageError, match="disk is full"):
+        run_training(tiny_config(tiny_sd15, tmp_path), host)
+    assert len(host.of(ExportDone)) == 1
+    assert not host.of(RunEnded)
+
+
+def test_weights_that_are_no_numbers_end_the_run_and_are_never_written(
+    tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Learner.run_step
+
+    def breaks(self: Learner, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if number == 4:
+            with torch.no_grad():
+                self.adapter.parameters()[0].fill_(float("nan"))
+        return step(self, number)
+
+    monkeypatch.setattr(Learner, "run_step", breaks)
+    config = tiny_config(
+        tiny_sd15, tmp_path, train={"steps": 20, "log_every": 3}, checkpoints={"every": 3}, previews={"every": 3}
+    )
+    run, host = new_run(config), RecordingHost()
+    with pytest.raises(TrainingError, match="in steps 5 to 6") as caught:
+        run_training(config, host, run)
+    assert caught.value.fix
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000003"]
+    assert not list(run.export.iterdir())
+
+
+def test_a_full_disk_is_said_before_the_base_model_is_loaded(
+    tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tiny_sd15, tmp_path)
+    run, host = new_run(config), RecordingHost()
+    monkeypatch.setattr(storage, "free_bytes", lambda path: 1000)
+    with pytest.raises(StorageError, match="Not enough disk space"):
+        run_training(config, host, run)
+    assert not host.of(StageChanged)
+
+
+def test_an_output_folder_that_went_away_is_said_before_step_0(tiny_sd15: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_sd15, tmp_path)
+    run, host = new_run(config), RecordingHost()
+    run.previews.rmdir()
+    run.previews.write_text("a file where a folder belongs")
+    with pytest.raises(StorageError, match="Cannot write to the output folder"):
+        run_training(config, host, run)
+    assert not host.of(StepsDone)
+
+
+def test_an_empty_trigger_is_refused_at_once(tiny_sd15: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_sd15, tmp_path, captions={"trigger": ""})
+    with pytest.raises(ConfigError, match="trigger"):
+        run_training(config)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_an_error_with_a_way_out() -> None:
+    with pytest.raises(HardwareError, match="sees no NVIDIA GPU") as caught:
+        choose_compute(TrainSettings(device="cuda"))
+    assert "doctor" in caught.value.fix
+
+
+def test_without_a_gpu_auto_means_cpu_in_fp32() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    compute = choose_compute(TrainSettings())
+    assert (compute.device.type, compute.dtype, compute.label) == ("cpu", torch.float32, "CPU, fp32")
+
+
+def test_v_prediction_with_zero_terminal_snr_trains(tiny_sd15_v: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_sd15_v, tmp_path, objective={"min_snr_gamma": 5.0, "noise_offset": 0.05})
+    learner = tiny_learner(config)
+    assert learner.objective.velocity
+    assert all(math.isfinite(float(learner.run_step(step)[0])) for step in range(3))
+
+
+def test_the_prediction_can_be_set_by_hand(tiny_sd15: Path, tmp_path: Path) -> None:
+    learner = tiny_learner(tiny_config(tiny_sd15, tmp_path, base={"prediction": "v_prediction"}))
+    assert learner.objective.velocity
+
+
+def test_dropped_captions_and_previews_use_what_was_encoded(tiny_sd15: Path, tmp_path: Path) -> None:
+    family = load_tiny(tiny_sd15)
+    learner = tiny_learner(tiny_config(tiny_sd15, tmp_path, previews={"negative_prompt": "blurry"}))
+    assert learner.conditionings is not None
+    expected = family.encode_prompts(["blurry"])[0]
+    for name, tensor in learner.conditionings["blurry"].items():
+        assert torch.allclose(tensor.cpu(), expected[name].detach(), atol=1e-5)
