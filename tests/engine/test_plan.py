@@ -1,0 +1,200 @@
+"""The plan says what the run will do, agrees with what is then built, and says so where it cannot know."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasmith.engine import plan as plan_module
+from lorasmith.engine.dataset.scan import Dataset, scan_dataset
+from lorasmith.engine.families import BaseIdentity, identify_base
+from lorasmith.engine.plan import Plan, build_plan
+from lorasmith.engine.run_file import Layer, ResolvedConfig, resolve_config
+from lorasmith.engine.sources import BaseFiles, TensorInfo, locate_base
+from tests.tiny import tiny_pictures
+
+
+def resolved(tmp_path: Path, **sections: Any) -> ResolvedConfig:
+    own = {"run": {"output_folder": str(tmp_path / "runs")}, "dataset": {"resolution": 64}}
+    return resolve_config([Layer("test", own), Layer("more", sections)])
+
+
+def located(folder: Path) -> tuple[BaseFiles, BaseIdentity]:
+    files = locate_base(str(folder))
+    return files, identify_base(files)[1]
+
+
+def plan_for(folder: Path, tmp_path: Path, **sections: Any) -> Plan:
+    files, identity = located(folder)
+    return build_plan(resolved(tmp_path, **sections), identity, None, files)
+
+
+def pictures(tmp_path: Path) -> tuple[dict[str, Any], Dataset]:
+    tiny_pictures(tmp_path / "data" / "3_a", 3, sizes=[(64, 64), (64, 64), (128, 32)])
+    tiny_pictures(tmp_path / "reg", 2)
+    (tmp_path / "data" / "broken.png").write_bytes(b"nothing")
+    settings = {
+        "folder": str(tmp_path / "data"),
+        "regularization_folder": str(tmp_path / "reg"),
+        "bucket_step": 32,
+        "repeats": 2,
+    }
+    return settings, scan_dataset(resolved(tmp_path, dataset=settings).config.dataset)
+
+
+def test_steps_epochs_and_buckets_follow_from_the_pictures(tmp_path: Path) -> None:
+    settings, dataset = pictures(tmp_path)
+    train = {"steps": 30, "batch_size": 4, "gradient_accumulation": 2}
+    plan = build_plan(resolved(tmp_path, dataset=settings, train=train), None, dataset)
+    assert (plan.pictures, plan.regularization, plan.refused) == (3, 2, 1)
+    # 2 square pictures x 6 + 2 regularization x 2 = 16 in one bucket, 6 of the wide one in another.
+    assert {(row.pictures, row.uses, row.batches) for row in plan.buckets} == {(4, 16, 4), (1, 6, 2)}
+    assert (plan.uses_per_epoch, plan.batches_per_epoch, plan.steps_per_epoch, plan.epochs) == (22, 6, 3.0, 10.0)
+    assert plan.views_per_picture == 60.0
+
+
+def test_the_batches_are_those_that_the_loader_makes(tmp_path: Path) -> None:
+    from lorasmith.engine.dataset.buckets import epoch_batches, plan_buckets
+
+    settings, dataset = pictures(tmp_path)
+    layers = resolved(tmp_path, dataset=settings, train={"batch_size": 5})
+    buckets = plan_buckets(dataset.items, layers.config.dataset)
+    assert build_plan(layers, None, dataset).batches_per_epoch == len(epoch_batches(buckets, 5, seed=1, epoch=0))
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"rank": 4},
+        {"rank": 4, "targets": "attention-mlp"},
+        {"kind": "locon", "rank": 4, "conv_rank": 2, "targets": "attention-mlp"},
+        {"rank": 3, "text_encoder": True},
+    ],
+)
+@pytest.mark.parametrize("base", ["tiny_sd15", "tiny_sd15_v"])
+def test_the_planned_lora_has_the_size_of_the_built_one(
+    base: str, tmp_path: Path, adapter: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    import torch
+
+    from lorasmith.engine.adapters import attach_adapter
+    from lorasmith.engine.export import export_lora
+
+    folder = request.getfixturevalue(base)
+    files, identity = located(folder)
+    layers = resolved(tmp_path, adapter=adapter, export={"layouts": ["kohya", "diffusers"]})
+    plan = build_plan(layers, identity, None, files)
+    family = identify_base(files)[0].load(files, identity, torch.device("cpu"), torch.float32)
+    built = attach_adapter(family, layers.config.adapter, seed=1)
+    assert (plan.adapter_modules, plan.adapter_parameters) == (len(built.modules), built.num_parameters())
+    with torch.no_grad():
+        for module in built.modules:
+            module.up.fill_(0.01)
+    results = export_lora(family, built, layers.config, tmp_path / "export", "x", {}, 1)
+    assert plan.export_bytes == pytest.approx(sum(result.bytes for result in results), rel=0.25)
+
+
+def test_disk_need_counts_checkpoints_previews_and_free_space(tmp_path: Path, tiny_sd15: Path) -> None:
+    plan = plan_for(
+        tiny_sd15,
+        tmp_path,
+        train={"steps": 1000},
+        checkpoints={"every": 400, "keep": 9},
+        previews={"every": 250, "prompts": ["a", "b", "c"], "seeds": [1, 2]},
+    )
+    assert plan.num_checkpoints == 3
+    assert plan.num_previews == 4 * 3 * 2
+    assert plan.checkpoint_bytes is not None
+    assert plan.disk_needed_bytes is not None
+    assert plan.disk_needed_bytes > 3 * plan.checkpoint_bytes
+    assert plan.disk_free_bytes > 0
+    assert not (tmp_path / "runs").exists()  # planning writes nothing
+
+
+def test_a_disk_too_small_is_a_warning(tmp_path: Path, tiny_sd15: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module.storage, "free_bytes", lambda path: 1000)
+    assert any("free space" in warning for warning in plan_for(tiny_sd15, tmp_path).warnings)
+
+
+def test_weights_are_counted_from_headers_by_part(tmp_path: Path, tiny_sd15: Path) -> None:
+    plan = plan_for(tiny_sd15, tmp_path)
+    size = (tiny_sd15 / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+    assert plan.weights_bytes["unet"] == pytest.approx(size, rel=0.1)
+    assert set(plan.weights_bytes) == {"unet", "vae", "text_encoder"}
+
+
+def test_memory_is_not_forecast_for_a_base_that_nobody_measured(tmp_path: Path, tiny_sd15: Path) -> None:
+    plan = plan_for(tiny_sd15, tmp_path)
+    assert plan.memory_gib is None
+    assert "not forecast" in plan.memory_note
+
+
+class FullSize(BaseFiles):
+    """Headers as large as the real Stable Diffusion 1.5."""
+
+    def tensors(self, part: str) -> dict[str, TensorInfo]:
+        if part != "unet":
+            return {}
+        attention = {f"a.{n}.attn1.to_q.weight": TensorInfo("F16", (640, 640)) for n in range(128)}
+        rest = 859_520_964 - 128 * 640 * 640
+        return attention | {"rest.weight": TensorInfo("F16", (rest,))}
+
+    def config(self, part: str) -> dict[str, Any]:
+        return {"unet": ["diffusers", "UNet2DConditionModel"]}
+
+
+def memory(tmp_path: Path, tiny_sd15: Path, **sections: Any) -> float | None:
+    _, identity = located(tiny_sd15)
+    layers = resolved(tmp_path, **({"dataset": {"resolution": 512}} | sections))
+    return build_plan(layers, identity, None, FullSize("folder", tiny_sd15, "x")).memory_gib
+
+
+def test_memory_of_stable_diffusion_15_is_estimated_and_called_an_estimate(tmp_path: Path, tiny_sd15: Path) -> None:
+    # 0.5 context + 1.60 weights + 1.0 activations + LoRA, then 5 % and 0.6 GiB.
+    plain = memory(tmp_path, tiny_sd15)
+    assert plain == pytest.approx(3.9, abs=0.15)
+    assert memory(tmp_path, tiny_sd15, train={"gradient_checkpointing": True}) == pytest.approx(plain - 0.79, abs=0.15)
+    assert memory(tmp_path, tiny_sd15, train={"batch_size": 4}) == pytest.approx(plain + 3 * 1.04, abs=0.15)
+    assert memory(tmp_path, tiny_sd15, train={"precision": "fp32"}) is None
+    assert memory(tmp_path, tiny_sd15, adapter={"kind": "locon"}) is None
+    _, identity = located(tiny_sd15)
+    plan = build_plan(resolved(tmp_path), identity, None, FullSize("folder", tiny_sd15, "x"))
+    assert "estimate" in dict(plan.rows())["GPU memory"]
+
+
+def test_without_base_and_pictures_the_plan_says_what_it_does_not_know(tmp_path: Path) -> None:
+    plan = build_plan(resolved(tmp_path))
+    assert plan.epochs is None
+    assert plan.disk_needed_bytes is None
+    rows = dict(plan.rows())
+    assert rows["base model"] == "not chosen"
+    assert "once the base model" in rows["LoRA"]
+    assert "once the base model" in rows["GPU memory"]
+    assert json.loads(json.dumps(plan.to_json()))["epochs"] is None
+
+
+def test_too_few_or_too_many_steps_and_thin_batches_are_warnings(tmp_path: Path) -> None:
+    settings, dataset = pictures(tmp_path)
+
+    def warnings(**train: int) -> str:
+        return " ".join(build_plan(resolved(tmp_path, dataset=settings, train=train), None, dataset).warnings)
+
+    assert "less than one epoch" in warnings(steps=2)
+    assert "overfit" in warnings(steps=10_000)
+    assert "smaller than train.batch_size" in warnings(steps=50, batch_size=8)
+
+
+def test_torch_is_not_needed(tmp_path: Path, tiny_sd15: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; from lorasmith.engine.plan import build_plan;"
+        "from lorasmith.engine.run_file import Layer, resolve_config; from lorasmith.engine.sources import locate_base;"
+        "from lorasmith.engine.families import identify_base; files = locate_base(sys.argv[1]);"
+        "print(build_plan(resolve_config([]), identify_base(files)[1], None, files).adapter_modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(tiny_sd15)], capture_output=True, text=True, check=True)
+    assert int(result.stdout) > 0
