@@ -68,11 +68,15 @@ def plain(value: Any) -> Any:
 def fail(error: LorasmithError, *, as_json: bool = False) -> None:
     """Print what happened, why and what to do on stderr; with `as_json` also as the document on stdout."""
     if as_json:
-        parts = {"what": error.what, "why": error.why, "fix": error.fix, "exit_code": error.exit_code}
-        say_json({"error": parts})
+        say_json({"error": error_parts(error, error.exit_code)})
     for label, text in (("Error", error.what), ("Why", error.why), ("Fix", error.fix)):
         if text:
             say(f"{label}: {text}", to_stderr=True)
+
+
+def error_parts(error: LorasmithError, exit_code: int) -> dict[str, Any]:
+    """Return an error as a script reads it."""
+    return {"what": error.what, "why": error.why, "fix": error.fix, "exit_code": exit_code}
 
 
 def write_crash_log(error: Exception) -> LorasmithError:

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.engine.cli.output import say_json, visible
+from lorasmith.engine.cli.output import error_parts, fail, say_json, visible
 from lorasmith.engine.cli.progress import RunPrinter, default_stream, duration
 from lorasmith.engine.commands import Command
-from lorasmith.engine.errors import EXIT_STOPPED, ConfigError, TrainingError
+from lorasmith.engine.errors import EXIT_STOPPED, ConfigError, LorasmithError, TrainingError
 from lorasmith.engine.run_file import Layer, flatten, load_run_file, parse_assignments, resolve_config
 
 if TYPE_CHECKING:
     from lorasmith.engine.config import RunConfig
+    from lorasmith.engine.events import RunEnded
     from lorasmith.engine.session import RunFolder, Session
 
 NEWEST = "newest"
@@ -151,15 +152,17 @@ def _report(folder: RunFolder, printer: RunPrinter, seconds: float, as_json: boo
         say_json(_summary(folder, printer, seconds))
     stream = default_stream(as_json)
     if ended.outcome == "failed":
-        for label, text in (("Error", ended.message), ("Why", ended.why), ("Fix", ended.fix)):
-            if text:
-                typer.echo(f"{label}: {visible(text)}", err=True)
+        fail(_failure(ended))
         return ended.exit_code or 1
     print(f"{visible(ended.message)} ({duration(seconds)})", file=stream)
     print(f"Run folder: {visible(folder.path)}", file=stream)
     for export in printer.exports:
         print(f"LoRA: {visible(export.path)}", file=stream)
     return EXIT_STOPPED if ended.outcome == "stopped" else 0
+
+
+def _failure(ended: RunEnded) -> LorasmithError:
+    return LorasmithError(ended.message, why=ended.why, fix=ended.fix)
 
 
 def _summary(folder: RunFolder, printer: RunPrinter, seconds: float) -> dict[str, Any]:
@@ -174,9 +177,8 @@ def _summary(folder: RunFolder, printer: RunPrinter, seconds: float) -> dict[str
         "seconds": round(seconds, 3),
         "exports": [{"path": e.path, "layout": e.layout, "keys": e.keys, "bytes": e.bytes} for e in printer.exports],
         "message": ended.message,
-        "why": ended.why,
-        "fix": ended.fix,
         "exit_code": ended.exit_code,
+        **({"error": error_parts(_failure(ended), ended.exit_code)} if ended.outcome == "failed" else {}),
     }
 
 
