@@ -84,6 +84,11 @@ def test_prompts_by_example(caption: str | None, prompt: str) -> None:
     assert compose(caption, "zqx") == prompt
 
 
+def test_a_trigger_that_appears_by_taking_one_out_is_taken_out_too() -> None:
+    assert compose("a a b b, red", "a b") == "a b, red"
+    assert compose("[tri[trigger]gger] dog", "zqx") == "zqx, [tri gger] dog"
+
+
 def test_without_a_trigger_the_caption_stands_alone() -> None:
     assert compose("a [trigger] cat", "") == "a cat"
 
