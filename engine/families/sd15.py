@@ -47,8 +47,8 @@ SPEC = FamilySpec(
     default_resolution=512,
     token_limit=77,
     caption_style="tags",
-    # proj_in and proj_out are linear in 2.x and 1x1 convolutions in 1.x: `targets` takes linear layers only, and
-    # `conv_targets` adds the convolutions, with the linear time_emb_proj that belongs to the same residual blocks.
+    # proj_in and proj_out are linear in 2.x and 1x1 convolutions in 1.x. time_emb_proj is linear, but belongs to the
+    # residual blocks that LoCon adds.
     targets={
         "attention": _ATTENTION,
         "attention-mlp": (*_ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
