@@ -205,8 +205,19 @@ def from_record(record: dict[str, Any]) -> Event | None:
 
     Raises TypeError where a known type lacks a field.
     """
-    kind = _event_types(Event).get(str(record.get("event")))
-    if kind is None:
+    name = str(record.get("event"))
+    if name not in _FIELDS:
+        _FIELDS.update(
+            {
+                each: (kind, frozenset(f.name for f in dataclasses.fields(kind)))
+                for each, kind in _event_types(Event).items()
+            }
+        )
+    if name not in _FIELDS:
         return None
-    known = {f.name for f in dataclasses.fields(kind)}
-    return kind(**{name: value for name, value in record.items() if name in known})
+    kind, known = _FIELDS[name]
+    return kind(**{key: value for key, value in record.items() if key in known})
+
+
+# Looked up once: a long journal has tens of thousands of records of a few types.
+_FIELDS: dict[str, tuple[type[Event], frozenset[str]]] = {}

@@ -228,15 +228,13 @@ def _take_named(setting: str, reading: GpuReading) -> str:
         # A slice of a GPU: NVML lists it under its GPU only, CUDA takes it by this name.
         _show_only(setting)
         return "cuda"
-    matches = [gpu for gpu in reading.gpus if gpu.uuid.lower().startswith(setting.lower())]
-    exact = [gpu for gpu in matches if gpu.uuid.lower() == setting.lower()]
-    matches = exact or matches
-    if len(matches) == 1:
-        _show_only(matches[0].uuid)
-        return "cuda"
+    for gpu in reading.gpus:
+        if gpu.uuid.lower() == setting.lower():
+            _show_only(gpu.uuid)
+            return "cuda"
     known = ", ".join(f"{gpu.uuid} ({gpu.name})" for gpu in reading.gpus)
     raise HardwareError(
-        f"train.device is {setting}, which is {'several GPUs' if matches else 'no GPU'} of this machine.",
+        f"train.device is {setting}, which is no GPU of this machine.",
         why=f"It has {known}." if known else reading.note,
         fix="Set train.device to auto, cpu, cuda, or one of the GPUs that `lorasmith doctor` lists.",
     )

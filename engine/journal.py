@@ -210,8 +210,9 @@ def decode(line: bytes, path: Path, number: int | None = None) -> Event | None:
     try:
         record = json.loads(line)
         kind = record["event"]
-        for name in _number_fields(kind).intersection(record):
-            record[name] = _to_number(record[name])
+        if b'NaN"' in line or b'Infinity"' in line:
+            for name in _number_fields(kind).intersection(record):
+                record[name] = _to_number(record[name])
         return events.from_record(record)
     except (ValueError, TypeError, KeyError) as error:
         where = f"line {number}" if number else "a line"

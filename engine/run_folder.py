@@ -257,8 +257,14 @@ def summarize_run(run: RunFolder) -> RunSummary:
         # Asked before and after: a run that ends or starts while its journal is read must not look interrupted.
         holder = lock_holder(run)
         summary = RunSummary(run, "not started", changed=run.path.stat().st_mtime)
+        steps = None
         for event in replay(run.journal, only=_SUMMARY_EVENTS):
-            summary = _fold(summary, event)
+            if isinstance(event, StepsDone):
+                # Most lines are these, and only the last before another event counts.
+                steps = event
+                continue
+            summary, steps = _fold(_fold(summary, steps), event), None
+        summary = _fold(summary, steps)
         if holder is None and summary.state == "interrupted":
             holder = lock_holder(run)
     except (StorageError, OSError) as error:
@@ -269,7 +275,9 @@ def summarize_run(run: RunFolder) -> RunSummary:
     return replace(summary, state="running", process=pid if isinstance(pid, int) else None)
 
 
-def _fold(summary: RunSummary, event: Event) -> RunSummary:
+def _fold(summary: RunSummary, event: Event | None) -> RunSummary:
+    if event is None:
+        return summary
     summary = replace(summary, changed=max(summary.changed, event.time))
     if isinstance(event, RunStarted):
         return replace(summary, state="interrupted", step=event.resumed_from, total_steps=event.total_steps, message="")

@@ -18,7 +18,7 @@ from lorasmith.engine.commands import Command
 from lorasmith.engine.config import RunConfig
 from lorasmith.engine.errors import EXIT_STOPPED, HardwareError, LorasmithError, StorageError
 from lorasmith.engine.events import CheckpointSaved, Event, ExportDone, HardwareSampled, Logged, RunEnded, RunStarted
-from lorasmith.engine.hardware import Sampler
+from lorasmith.engine.hardware import Sampler, resolve_device
 from lorasmith.engine.journal import Journal
 from lorasmith.engine.run_folder import (
     RunFolder,
@@ -192,6 +192,8 @@ class Session:
 
     def _train(self) -> None:
         try:
+            # Before torch looks for GPUs: it takes CUDA_VISIBLE_DEVICES as it is then.
+            resolve_device(self.config.train.device)
             # Imported here: torch takes seconds, and a broken torch must end the run in words.
             from lorasmith.engine.trainer import train
 

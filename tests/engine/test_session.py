@@ -30,6 +30,7 @@ from lorasmith.engine.events import (
     ExportDone,
     HardwareSampled,
     Logged,
+    Paused,
     RunEnded,
     RunStarted,
     StageChanged,
@@ -536,7 +537,6 @@ def test_the_real_libraries_stay_quiet_on_the_screen() -> None:
         diffusers.utils.logging.get_logger("diffusers.x").warning("loud")
         list(tqdm.tqdm([1])); list(hub_tqdm([1])); list(tqdm.auto.tqdm([1]))
         list(transformers.utils.logging.tqdm([1])); list(diffusers.utils.logging.tqdm([1]))
-        import peft
     """
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANS", "DIFF", "TQDM"))
@@ -568,3 +568,48 @@ def test_the_journal_of_a_run_is_strict_json_with_one_header(hosted: Callable[[T
         "RunEnded",
     ]
     assert session.run.journal.stat().st_mode & 0o777 == 0o600
+
+
+# With the real trainer
+
+
+def test_a_real_run_is_stopped_resumed_and_finished_and_its_journal_tells_so(tiny_sd15: Path, tmp_path: Path) -> None:
+    from tests.engine.running import tiny_config
+
+    config = tiny_config(tiny_sd15, tmp_path, train={"steps": 6, "log_every": 1})
+    run = create_run(ResolvedConfig(config, {}))
+    session = Session(run, config)
+    session.send(Command.PAUSE)
+    session.start()
+    while Paused not in session.latest and not session.finished:
+        time.sleep(0.01)
+    assert session.stop_and_join(60)
+    [summary] = list_runs(run.path.parent)
+    assert summary.state == "stopped", summary
+    assert 1 <= summary.step < 6
+    assert summary.checkpoint_step == summary.step
+
+    again = Session(open_run(run.path), run.load_config().config)
+    again.start()
+    assert again.join(60)
+    assert again.outcome is not None
+    assert (again.outcome.outcome, again.outcome.step, again.outcome.exit_code) == ("finished", 6, 0)
+    [summary] = list_runs(run.path.parent)
+    assert (summary.state, summary.step, summary.total_steps) == ("finished", 6, 6)
+    assert [path.suffix for path in run.export.iterdir()] == [".safetensors"]
+    trained = [event.step for event in replay(run.journal) if isinstance(event, StepsDone)]
+    assert trained == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_real_run_that_fails_ends_in_the_words_of_the_error(tiny_sd15: Path, tmp_path: Path) -> None:
+    from tests.engine.running import tiny_config
+
+    config = tiny_config(tiny_sd15, tmp_path, dataset={"folder": str(tmp_path / "nowhere [/]")})
+    run = create_run(ResolvedConfig(config, {}))
+    session = Session(run, config)
+    session.start()
+    assert session.join(60)
+    assert session.outcome is not None
+    assert (session.outcome.outcome, session.outcome.exit_code) == ("failed", DatasetError.exit_code)
+    assert "nowhere [/]" in session.outcome.message
+    assert summarize_run(run).state == "failed"
