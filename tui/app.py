@@ -19,9 +19,10 @@ from lorasmith.engine.errors import DatasetError, LorasmithError
 from lorasmith.tui.actions import actions_of, bindings
 from lorasmith.tui.draft import PAGES, Draft, Problem
 from lorasmith.tui.draft_file import DraftFile
-from lorasmith.tui.findings import HEAVY_IMPORTS, FoundBase, FoundDataset, Look, Probes, recommend
+from lorasmith.tui.findings import FoundBase, FoundDataset, Look, Probes, recommend
 from lorasmith.tui.screens.page import WizardPage
 from lorasmith.tui.screens.too_small import TooSmall, fits
+from lorasmith.tui.text import safe_str
 from lorasmith.tui.theme import THEME, limited_colors
 
 if TYPE_CHECKING:
@@ -97,7 +98,12 @@ class LorasmithApp(App[int]):
             self.push_screen(TooSmall())
         self.look("hardware", (), self.probes.hardware)
         if self._warm_up:
-            self.set_timer(WARM_UP_AFTER_SECONDS, lambda: threading.Thread(target=_import_heavy, daemon=True).start())
+            self.call_after_refresh(self.set_timer, WARM_UP_AFTER_SECONDS, self._begin_warm_up)
+
+    def _begin_warm_up(self) -> None:
+        from lorasmith.tui.warm_up import import_heavy
+
+        threading.Thread(target=import_heavy, name="warm-up", daemon=True).start()
 
     def on_resize(self, event: events.Resize) -> None:
         """Cover the pages while the terminal is too small for them."""
@@ -227,7 +233,9 @@ class LorasmithApp(App[int]):
         from lorasmith.engine.config import DatasetSettings
 
         merged = self.draft.merged(self.advice())
-        return DatasetSettings.model_validate({name: merged[f"dataset.{name}"][0] for name in DatasetSettings.model_fields})
+        return DatasetSettings.model_validate(
+            {name: merged[f"dataset.{name}"][0] for name in DatasetSettings.model_fields}
+        )
 
     def plan(self) -> BucketPlan | None:
         """Return the bucket plan of the scanned pictures with the settings as they stand; kept until either changes."""
@@ -280,7 +288,11 @@ class LorasmithApp(App[int]):
             look = self.current(name)
             if look is not None and look.error is not None:
                 found[key] = look.error
-        if self.dataset is not None and self.dataset.captionless and self.draft.value("dataset.missing_captions") == "ask":
+        if (
+            self.dataset is not None
+            and self.dataset.captionless
+            and self.draft.value("dataset.missing_captions") == "ask"
+        ):
             count = len(self.dataset.captionless)
             found["dataset.missing_captions"] = DatasetError(
                 f"{count} pictures have no caption.", fix="Choose: use the trigger alone, or leave them out."
@@ -305,22 +317,26 @@ class LorasmithApp(App[int]):
         return self.look("start", (id(resolved),), partial(self._start_probe, resolved))
 
     def _start_probe(self, resolved: ResolvedConfig, tell: Callable[..., None]) -> tuple[Any, ResolvedConfig]:
-        return self.probes.start(resolved, tell), resolved
+        # Kept from this thread on: whoever leaves now must still find the run.
+        self.session = self.probes.start(resolved, tell)
+        return self.session, resolved
 
     def _started(self, look: Look) -> None:
         if look.value is None:
             return
         from lorasmith.tui.screens.monitor import MonitorScreen
 
-        self.session, resolved = look.value
-        self.push_screen(MonitorScreen(self.session, resolved))
+        self.push_screen(MonitorScreen(*look.value))
 
-
-def _import_heavy() -> None:
-    """Import what training needs, so that Start does not wait for it; failures are told where they matter."""
-    with HEAVY_IMPORTS:
-        for name in ("torch", "transformers", "diffusers", "peft"):
-            try:
-                importlib.import_module(name)
-            except Exception:
-                return
+    def last_words(self) -> list[str]:
+        """Return what was written where, for the terminal after the screen is gone; plain and safe."""
+        words = []
+        if self.session is not None:
+            words.append(f"The run: {self.session.run.path}")
+        if self.file.problem:
+            words.append(f"The draft could not be saved: {self.file.problem}")
+        elif self.file.saved:
+            words.append(f"Your choices are kept in {self.file.path}; `lorasmith` offers them again.")
+        else:
+            words.append("Nothing was written.")
+        return [safe_str(line) for line in words]

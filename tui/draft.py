@@ -164,9 +164,14 @@ class Draft:
             self.resolve(advice)
         except ConfigError as error:
             sentences = re.split(r"(?<=\.)\s+(?=[a-z_]+\.[a-z_]+ )", f"{error.what} {error.why}".strip())
-            keyed = [(next((k for k in settings() if sentence.startswith(k)), "run.name"), sentence) for sentence in sentences]
+            keyed = [
+                (next((k for k in settings() if sentence.startswith(k)), "run.name"), sentence)
+                for sentence in sentences
+            ]
             # A blank trigger is reported as missing already.
-            return [Problem(page_of(key), key, text) for key, text in keyed if not (key in REQUIRED and "blank" in text)]
+            return [
+                Problem(page_of(key), key, text) for key, text in keyed if not (key in REQUIRED and "blank" in text)
+            ]
         return []
 
     def to_json(self) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import typing
 from functools import cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic.fields import FieldInfo
-
-from lorasmith.engine.run_file import check_setting, setting_fields
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
 
 Kind = Literal["switch", "choice", "whole", "number", "text", "texts", "wholes", "choices"]
 SEPARATOR = "|"
@@ -43,6 +42,9 @@ _PAGES = {
 @cache
 def settings() -> dict[str, FieldInfo]:
     """Return every setting by its dotted key, in the order of the run file; without the file's own version."""
+    # Imported late: pydantic is not needed before the first page is painted.
+    from lorasmith.engine.run_file import setting_fields
+
     return {key: info for key, info in setting_fields() if key != "version"}
 
 
@@ -92,7 +94,9 @@ def bounds_of(key: str) -> str:
     """Return the allowed range in words, "" where anything goes."""
     limits: dict[str, Any] = {}
     for item in settings()[key].metadata:
-        limits |= {name: value for name in ("ge", "gt", "le", "lt", "multiple_of") if (value := _limit(item, name)) is not None}
+        limits |= {
+            name: value for name in ("ge", "gt", "le", "lt", "multiple_of") if (value := _limit(item, name)) is not None
+        }
     if kind_of(key) in ("choice", "choices"):
         return ", ".join(choices_of(key))
     words = []
@@ -119,6 +123,8 @@ def write_text(key: str, value: Any) -> str:
 
 def read_text(key: str, text: str) -> Any:
     """Return the value that a typed text means; raises ValueError with the reason in words."""
+    from lorasmith.engine.run_file import check_setting
+
     value = _convert(kind_of(key), text)
     problem = check_setting(key, value)
     if problem:

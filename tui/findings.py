@@ -176,7 +176,9 @@ def trigger_warnings(trigger: str, words: Sequence[Word]) -> list[str]:
     """Return what is doubtful about a trigger word, each with what to do instead."""
     warnings = []
     if any(len(word.tokens) == 1 and not word.unknown for word in words):
-        warnings.append("The base knows this word already: it has a meaning of its own. A rare word binds more cleanly.")
+        warnings.append(
+            "The base knows this word already: it has a meaning of its own. A rare word binds more cleanly."
+        )
     if any(word.unknown for word in words):
         warnings.append("Some characters are unknown to the base and all look the same to it. Use plain letters.")
     if any(character.isdigit() for character in trigger):

@@ -53,7 +53,11 @@ class HardwarePage(WizardPage):
             machine.say(told(look.error))
         else:
             machine.say(machine_text(look.value))
-        self.hint("Press Enter to begin. Enter on every page trains the demo." if self.wizard.draft.is_demo else "Press Enter.")
+        self.hint(
+            "Press Enter to begin. Enter on every page trains the demo."
+            if self.wizard.draft.is_demo
+            else "Press Enter."
+        )
 
     @on(OptionList.OptionSelected, "#offer")
     def _offer_taken(self, event: OptionList.OptionSelected) -> None:

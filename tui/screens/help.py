@@ -27,14 +27,22 @@ class HelpScreen(ModalScreen[None]):
 
     def compose(self) -> ComposeResult:
         """Title, text, keys."""
-        keys = [f"  {action.keys.replace(',', ' '):<18} {action.help}" for action in actions_of("app", "page", "settings", "review")]
-        keys += ["  tab shift+tab      Move between the fields of the page.", "  ctrl+p             Find any action by name."]
+        keys = [
+            f"  {action.keys.replace(',', ' '):<18} {action.help}"
+            for action in actions_of("app", "page", "settings", "review")
+        ]
+        keys += [
+            "  tab shift+tab      Move between the fields of the page.",
+            "  ctrl+p             Find any action by name.",
+        ]
         with VerticalScroll(id="help"):
             yield Static(safe_text(self._title, "bold"), markup=False)
             yield Static(safe_text(self._text, lines=True), classes="gap", markup=False)
             yield Static(safe_text("Keys (single letters work where no text is typed)", "bold"), markup=False)
             yield Static("\n".join(keys), markup=False)
-            yield Static(safe_text("Any key closes this. Hold Shift to select text with the mouse.", "dim"), classes="gap")
+            yield Static(
+                safe_text("Any key closes this. Hold Shift to select text with the mouse.", "dim"), classes="gap"
+            )
 
     def on_key(self, event: events.Key) -> None:
         """Close on any key that does not scroll."""

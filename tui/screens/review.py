@@ -119,7 +119,9 @@ class ReviewPage(WizardPage):
             text.append_text(told(start.error)).append("\n")
         if problems:
             count = len(problems)
-            text.append(f"✗ {count} thing{'s' if count > 1 else ''} to solve before the start; Enter leads there", "bold")
+            text.append(
+                f"✗ {count} thing{'s' if count > 1 else ''} to solve before the start; Enter leads there", "bold"
+            )
         else:
             text.append("✓ Ready to train" if not pending else "Checking", "bold")
             text.append(f"\n{safe_str(self._summary(), lines=True)}")

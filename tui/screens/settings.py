@@ -34,7 +34,9 @@ class SettingsPage(WizardPage):
     PAGE = "settings"
     AUTO_FOCUS = "#fields SafeInput"
     BINDINGS: ClassVar[list[BindingType]] = [*bindings("settings")]
-    HELP_TEXT: ClassVar[str] = "Each setting shows its value, where it comes from and why. Change what you like; r undoes it."
+    HELP_TEXT: ClassVar[str] = (
+        "Each setting shows its value, where it comes from and why. Change what you like; r undoes it."
+    )
 
     def compose_body(self) -> ComposeResult:
         """The important fields; the others follow when asked for."""
@@ -57,7 +59,11 @@ class SettingsPage(WizardPage):
         return SettingField(key, self.wizard.draft.text(key, self.wizard.advice()))
 
     def _others(self) -> list[str]:
-        return [key for key in settings() if key not in IMPORTANT and (page_of(key) == "settings" or key.startswith("base."))]
+        return [
+            key
+            for key in settings()
+            if key not in IMPORTANT and (page_of(key) == "settings" or key.startswith("base."))
+        ]
 
     async def action_toggle_all(self) -> None:
         """Show all settings, or the important ones."""

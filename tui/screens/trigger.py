@@ -29,7 +29,9 @@ class TriggerPage(WizardPage):
     def compose_body(self) -> ComposeResult:
         """The word, its tokens, and a caption with it."""
         yield Static("Trigger word", markup=False)
-        yield SafeInput(self.wizard.draft.text("captions.trigger", self.wizard.advice()), id="trigger", placeholder="zqx")
+        yield SafeInput(
+            self.wizard.draft.text("captions.trigger", self.wizard.advice()), id="trigger", placeholder="zqx"
+        )
         yield Status(id="problem")
         yield Status(id="tokens", classes="gap")
         yield Status(id="example", classes="gap")

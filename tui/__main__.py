@@ -1,0 +1,76 @@
+"""The command `lorasmith`: the wizard on a terminal, the headless commands everywhere else."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+USAGE = """lorasmith: the wizard needs a terminal. Without one, use the commands:
+
+  lorasmith demo --headless      train the demo LoRA and measure its trigger
+  lorasmith train RUN.toml       train what a run file says (--set key=value changes it)
+  lorasmith check FOLDER         look at a dataset
+  lorasmith doctor               check this installation
+  lorasmith --help               everything else
+"""
+EXIT_USAGE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the wizard, or one headless command, and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:
+        from importlib.metadata import version
+
+        print(f"lorasmith {version('lorasmith')}")
+        return 0
+    if not arguments:
+        if is_interactive():
+            return run_wizard()
+        print(USAGE, file=sys.stderr, end="")
+        return EXIT_USAGE
+    if arguments == ["demo"] and is_interactive():
+        return run_wizard(demo=True)
+    from lorasmith.engine.cli import main as run_command
+
+    return run_command(arguments)
+
+
+def is_interactive() -> bool:
+    """Whether a full-screen interface can be shown: a real terminal, and no wish for plain lines."""
+    if os.environ.get("TERM", "dumb") in ("dumb", "") or any(
+        os.environ.get(n) for n in ("LORASMITH_PLAIN", "ACCESSIBLE")
+    ):
+        return False
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def run_wizard(*, demo: bool = False) -> int:
+    """Show the wizard until the user leaves; a training that still goes on is waited for."""
+    from lorasmith.tui.app import LorasmithApp
+    from lorasmith.tui.draft import Draft, state_folder
+    from lorasmith.tui.terminal import run_app
+
+    # A worker that rarely lets go of the interpreter would hold the screen up for 5 ms a time at the default.
+    sys.setswitchinterval(0.001)
+    app = LorasmithApp(Draft() if demo else None, warm_up=True)
+    code = run_app(app, lambda: app.session, state_folder() / "wizard.log")
+    print("\n".join(app.last_words()), flush=True)
+    if app.session is None and is_importing():
+        # A half-done import or download in a daemon thread must neither delay nor crash the end of the interpreter.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def is_importing() -> bool:
+    """Whether a thread of the wizard is still at work."""
+    import threading
+
+    return any(thread.daemon and thread is not threading.current_thread() for thread in threading.enumerate())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
