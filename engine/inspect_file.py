@@ -119,7 +119,7 @@ class LoraReport:
             ("layout", f"{self.layout}, {self.kind}"),
             ("base model", f"{self.base} ({self.base_source})"),
             ("modules", f"{modules} in {self.keys} keys: " + _counts(self.components)),
-            ("parameters", f"{self.parameters / 1e6:.2f} M"),
+            ("parameters", f"{self.parameters:,}"),
             ("rank", _counts(self.ranks)),
             ("alpha", _counts(self.alphas)),
             ("trigger", self.trigger or "not stated"),

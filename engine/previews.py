@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,7 @@ def build_sheet(
     `target` is `sheet.png` beside the first picture by default; `columns` about the square root of their number.
     Raises ValueError without pictures or with a different number of labels.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     from lorasmith.engine.dataset.images import open_image
 
@@ -137,12 +138,12 @@ def build_sheet(
     rows = math.ceil(len(pictures) / columns)
     size = (columns * (width + _GAP) + _GAP, rows * (row_height + _GAP) + _GAP)
     sheet = Image.new("RGB", size, "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT_SIZE)
+    pen, font = ImageDraw.Draw(sheet), _label_font()
     for index, picture in enumerate(pictures):
         x, y = _GAP + index % columns * (width + _GAP), _GAP + index // columns * (row_height + _GAP)
         sheet.paste(picture, (x, y))
         if labels:
-            pen.text((x, y + height + 2), _fitting(labels[index], font, width), fill="black", font=font)
+            pen.text((x, y + height + 2), _fitting(_drawable(labels[index]), font, width), fill="black", font=font)
     target = target or paths[0].parent / "sheet.png"
     atomic_write(target, _png(sheet, {}))
     return target
@@ -244,8 +245,19 @@ def _png(picture: Image.Image, texts: Mapping[str, str]) -> bytes:
     return buffer.getvalue()
 
 
+def _label_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(_FONT_SIZE)
+
+
+def _drawable(text: str) -> str:
+    # Pillow's own font has ASCII letters only and draws boxes for others.
+    plain = unicodedata.normalize("NFKD", _one_line(text))
+    return "".join(c if c.isascii() else "?" for c in plain if not unicodedata.combining(c))
+
+
 def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    text = _one_line(text)
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"{text}…") > width:

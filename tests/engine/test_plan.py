@@ -128,6 +128,24 @@ def test_weights_are_counted_from_headers_by_part(tmp_path: Path, tiny_sd15: Pat
     assert set(plan.weights_bytes) == {"unet", "vae", "text_encoder"}
 
 
+class OriginalLayout(BaseFiles):
+    """One file in the original layout, with an autoencoder that has an attention of its own."""
+
+    def tensors(self, part: str) -> dict[str, TensorInfo]:
+        block = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0"
+        names = [f"{block}.attn1.to_q", f"{block}.attn1.to_out.0", "model.diffusion_model.input_blocks.0.0"]
+        return {f"{name}.weight": TensorInfo("F16", (320, 320)) for name in [*names, "first_stage_model.to_q"]}
+
+
+def test_a_single_file_is_planned_as_far_as_its_names_tell(tmp_path: Path, tiny_sd15: Path) -> None:
+    _, identity = located(tiny_sd15)
+    files = OriginalLayout("single_file", tmp_path / "base.safetensors", "x")
+    plan = build_plan(resolved(tmp_path, adapter={"rank": 2}), identity, None, files)
+    assert (plan.adapter_modules, plan.adapter_parameters) == (2, 2 * 2 * 640)
+    assert plan.weights_bytes == {"base.safetensors": 4 * 320 * 320 * 2}
+    assert build_plan(resolved(tmp_path, adapter={"kind": "locon"}), identity, None, files).adapter_modules is None
+
+
 def test_memory_is_not_forecast_for_a_base_that_nobody_measured(tmp_path: Path, tiny_sd15: Path) -> None:
     plan = plan_for(tiny_sd15, tmp_path)
     assert plan.memory_gib is None

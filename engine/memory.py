@@ -1,0 +1,115 @@
+"""Sizes that follow from settings and headers alone: the adapter, the base's weights, the memory of a step. Torch-free.
+
+A first version: the forecast is made only where published measurements cover the settings, and is None elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from lorasmith.engine import storage
+
+if TYPE_CHECKING:
+    from lorasmith.engine.config import AdapterSettings, RunConfig
+    from lorasmith.engine.families import FamilySpec
+    from lorasmith.engine.sources import BaseFiles, TensorInfo
+
+GIB = 1 << 30
+_DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
+_DENOISER_PARTS = ("unet", "transformer")
+_SINGLE_FILE_PREFIX = "model.diffusion_model."
+_CONTEXT_GIB, _SLACK, _SLACK_GIB = 0.5, 1.05, 0.6
+_MLP_FACTOR = 1.35
+
+Shapes = Mapping[tuple[str, str], tuple[int, ...]]
+"""Weight shapes by (component, path of the layer)."""
+
+
+def adapted_layers(settings: AdapterSettings, spec: FamilySpec, files: BaseFiles) -> Shapes | None:
+    """Return the weight shapes of the layers to adapt by (component, path), or None where headers do not tell.
+
+    A single file in the original layout names convolutions and text encoders in ways that only loading translates.
+    """
+    single = files.kind == "single_file"
+    if single and (settings.kind == "locon" or settings.text_encoder):
+        return None
+    suffixes = (*spec.targets[settings.targets], *(spec.conv_targets if settings.kind == "locon" else ()))
+    found = {("denoiser", path): shape for path, shape in _matching(denoiser_tensors(files), suffixes).items()}
+    if settings.text_encoder:
+        for part in [part for part in files.config("") if part.startswith("text_encoder")]:
+            encoder = _matching(files.tensors(part), spec.text_encoder_targets)
+            found |= {(part, path): shape for path, shape in encoder.items()}
+    return found or None
+
+
+def denoiser_tensors(files: BaseFiles) -> dict[str, TensorInfo]:
+    """Return the header of the denoiser by tensor name; {} where it is not found."""
+    if files.kind == "single_file":
+        tensors = files.tensors("")
+        own = {n.removeprefix(_SINGLE_FILE_PREFIX): t for n, t in tensors.items() if n.startswith(_SINGLE_FILE_PREFIX)}
+        return own or tensors
+    return next((tensors for part in _DENOISER_PARTS if (tensors := files.tensors(part))), {})
+
+
+def _matching(tensors: Mapping[str, TensorInfo], suffixes: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    layers = {name.removesuffix(".weight"): info.shape for name, info in tensors.items() if name.endswith(".weight")}
+    return {
+        path: shape
+        for path, shape in layers.items()
+        if len(shape) in (2, 4) and any(path == suffix or path.endswith(f".{suffix}") for suffix in suffixes)
+    }
+
+
+def num_parameters(shapes: Shapes, settings: AdapterSettings) -> int:
+    """Return how many numbers the adapter of layers with these weight shapes has."""
+    # A convolution (4-D) has its own rank; see engine.adapters.
+    return sum(
+        (settings.conv_rank if len(shape) == 4 else settings.rank) * (shape[0] + math.prod(shape[1:]))
+        for shape in shapes.values()
+    )
+
+
+def weights_bytes(files: BaseFiles) -> dict[str, int]:
+    """Return the bytes of the weights in each part of the base model, or in its one file."""
+    parts = [""] if files.kind == "single_file" else [part for part in files.config("") if not part.startswith("_")]
+    sizes = {part or files.path.name: _total_bytes(files.tensors(part)) for part in parts}
+    return {part: size for part, size in sizes.items() if size}
+
+
+def _total_bytes(tensors: Mapping[str, TensorInfo]) -> int:
+    return sum(math.prod(info.shape) * _DTYPE_BYTES.get(info.dtype, 1) for info in tensors.values())
+
+
+def forecast_peak(
+    config: RunConfig,
+    spec: FamilySpec | None,
+    files: BaseFiles | None,
+    parameters: int | None,
+    pixels: int,
+) -> tuple[float | None, str]:
+    """Return the estimated peak of a training step in GiB, or None, and what it rests on.
+
+    `parameters` are the adapter's, `pixels` those of the largest picture.
+    context + 16-bit weights + LoRA (weights, gradients, optimizer) + activations per pixel × batch, then 5 % + 0.6 GiB:
+    on 11 published points that margin covered 10. The constant holds for one architecture, size and adapter kind.
+    """
+    unknown = "not forecast for these settings; watch the gauge in the first steps, which shows the measured use"
+    if spec is None or files is None:
+        return None, "forecast once the base model is on this machine"
+    weights = sum(math.prod(info.shape) for info in denoiser_tensors(files).values())
+    measured = spec.activation_mib_per_megapixel
+    if measured is None or parameters is None or abs(weights / spec.denoiser_parameters - 1) > 0.03:
+        return None, unknown
+    if config.adapter.kind == "locon" or config.adapter.text_encoder or config.train.precision == "fp32":
+        return None, unknown
+    activations = measured[config.train.gradient_checkpointing] / 1024 * pixels / 1e6 * config.train.batch_size
+    if config.adapter.targets == "attention-mlp":
+        activations *= _MLP_FACTOR
+    lora = parameters * (8 + storage.OPTIMIZER_BYTES[config.optimizer.name]) / GIB
+    peak = (_CONTEXT_GIB + weights * 2 / GIB + lora + activations) * _SLACK + _SLACK_GIB
+    return round(peak, 1), (
+        "an estimate from published measurements for 16-bit training with encoders released; "
+        "encoding the pictures and drawing previews can take more for a moment"
+    )
