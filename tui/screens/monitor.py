@@ -84,6 +84,11 @@ class MonitorScreen(Screen[None]):
         """Whether the run ended, or its thread is gone without a word."""
         return self.state.ended is not None or self.bridge.source.finished
 
+    @property
+    def watching(self) -> bool:
+        """Whether the run belongs to another process, so that it can be watched but not commanded."""
+        return isinstance(self.bridge.source, FollowedRun)
+
     def compose(self) -> ComposeResult:
         """Three rows of words, chart and previews, gauges or the summary, log, keys."""
         yield Line(id="headline")
@@ -135,7 +140,10 @@ class MonitorScreen(Screen[None]):
 
     def _show_words(self) -> None:
         state, marks, width = self.state, glyphs(), self.size.width - 2
-        self.query_one("#headline", Line).show(*say.headline(state, self._asked, self.charts_paused, marks))
+        left, right = say.headline(state, self._asked, self.charts_paused, marks)
+        if self.watching and not self.over:
+            right = [("watching another process  ", "dim"), *right]
+        self.query_one("#headline", Line).show(left, right)
         self.query_one("#progress", Line).show(*say.progress_line(state, time.time(), width, marks))
         smoothed = self.query_one("#chart", LossChart).smoothed_loss()
         self.query_one("#numbers", Line).show(say.numbers_line(state, smoothed, width, marks))
@@ -171,20 +179,19 @@ class MonitorScreen(Screen[None]):
         """Show the keys that do something now: commands while the run goes on, leaving when it is over."""
         if action == "leave":
             return self.over
-        if action in ("pause_or_resume", "save_now", "preview_now", "stop", "pause_charts"):
+        if action in ("pause_or_resume", "save_now", "preview_now", "stop"):
+            return not (self.over or self.watching)
+        if action == "pause_charts":
             return not self.over
         return True
 
     def send(self, command: Command) -> None:
         """Send `command` to the run and say that it was asked."""
-        if self.over:
-            self.notify("The run is over.", timeout=3)
-        elif isinstance(self.bridge.source, FollowedRun):
-            self.notify("This run trains in another process: it can be watched here, not commanded.", timeout=5)
-        else:
-            self._asked = command
-            self.bridge.source.send(command)
-            self._show_words()
+        if self.over or self.watching:
+            return
+        self._asked = command
+        self.bridge.source.send(command)
+        self._show_words()
 
     def action_pause_or_resume(self) -> None:
         """Pause training at the next step, or go on."""
@@ -262,7 +269,7 @@ class MonitorScreen(Screen[None]):
 
     def request_quit(self) -> None:
         """Leave when the run is over or belongs to another process; while training, ask what shall become of it."""
-        if self.over or isinstance(self.bridge.source, FollowedRun):
+        if self.over or self.watching:
             ended = self.state.ended
             code = ended.exit_code if ended else 0
             self.app.exit(code, return_code=code)
