@@ -223,7 +223,7 @@ def _undisturbed(family: Family, adapter: Adapter) -> Iterator[None]:
     """Draw without dropout, gradients or a trace in the random state, and put everything back."""
     import torch
 
-    devices = [family.device] if family.device.type == "cuda" else []
+    devices = [family.device] if family.device.type != "cpu" else []
     modes = [dropout.training for dropout in adapter.dropouts]
     adapter.train(False)
     try:
@@ -278,8 +278,7 @@ def _out_of_memory(error: Exception) -> bool:
 def _free_cache(family: Family) -> None:
     import torch
 
-    if family.device.type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
 def _words(error: Exception) -> str:
