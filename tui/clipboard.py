@@ -18,9 +18,9 @@ def copy_text(app: Any, text: str, file: str) -> str:
     tmux = shutil.which("tmux") if os.environ.get("TMUX") else None
     if tmux is not None:
         try:
-            subprocess.run(
+            subprocess.run(  # noqa: S603
                 [tmux, "load-buffer", "-w", "-"], input=text.encode(), check=True, timeout=2, capture_output=True
-            )  # noqa: S603
+            )
             return safe_str(f"Copied through tmux. The run file: {file}")
         except (OSError, subprocess.SubprocessError):
             pass

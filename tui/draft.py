@@ -91,12 +91,11 @@ class Draft:
 
     def layers(self, advice: Sequence[Advice] = ()) -> list[Layer]:
         """Return the settings from the least to the most specific: advice, demo preset, the user's own."""
+        from lorasmith.engine.advisor import as_layers
         from lorasmith.engine.run_file import Layer
 
-        layers = [Layer(item.source, _nest({item.key: item.value})) for item in advice]
-        if self.is_demo:
-            layers.append(Layer("demo preset", demo_settings()))
-        return [*layers, Layer("wizard", _nest(self.answers))]
+        demo = [Layer("demo preset", demo_settings())] if self.is_demo else []
+        return [*as_layers(advice), *demo, Layer("wizard", _nest(self.answers))]
 
     def resolve(self, advice: Sequence[Advice] = ()) -> ResolvedConfig:
         """Return the checked configuration; raises ConfigError while settings contradict each other."""

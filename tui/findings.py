@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasmith.engine.errors import LorasmithError
+from lorasmith.engine.errors import ConfigError, LorasmithError
 
 if TYPE_CHECKING:
     from lorasmith.engine.advisor import Advice
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from lorasmith.engine.dataset.buckets import BucketPlan
     from lorasmith.engine.dataset.scan import Dataset, ImageItem
     from lorasmith.engine.families import BaseIdentity, FamilyModule
+    from lorasmith.engine.hardware import HardwareSnapshot
+    from lorasmith.engine.plan import Plan
     from lorasmith.engine.run_file import ResolvedConfig
     from lorasmith.engine.sources import BaseFiles
     from lorasmith.tui.draft import Draft
@@ -28,6 +30,9 @@ Tell = Callable[[str, int, int], None]
 """Called with what is being done, how much is done and how much there is (0: unknown)."""
 
 _MEGA = 1_000_000
+
+USUAL_PICTURES = 20
+"""Assumed for the advice until the pictures are counted."""
 
 HEAVY_IMPORTS = threading.Lock()
 """Held while torch or transformers is imported: two threads inside the same half-imported package can fail."""
@@ -155,17 +160,6 @@ def start_session(resolved: ResolvedConfig, tell: Tell) -> Any:
     return session
 
 
-@dataclass(frozen=True)
-class Probes:
-    """The looks that the wizard takes; tests put their own in."""
-
-    hardware: Callable[..., Any] = find_hardware
-    base: Callable[..., FoundBase] = find_base
-    dataset: Callable[..., FoundDataset] = find_dataset
-    tokenizers: Callable[..., list[Any]] = find_tokenizers
-    start: Callable[..., Any] = start_session
-
-
 def read_word(tokenizer: Any, word: str) -> Word:
     """Return how a tokenizer splits `word`."""
     tokens = tuple(str(token) for token in tokenizer.tokenize(word))
@@ -190,6 +184,55 @@ def trigger_warnings(trigger: str, words: Sequence[Word]) -> list[str]:
     return warnings
 
 
-def recommend(draft: Draft, hardware: Any, base: FoundBase | None, dataset: FoundDataset | None) -> list[Advice]:
-    """Return the advised values for what is known so far; nothing while the base is unknown."""
-    return []
+def recommend(
+    draft: Draft, hardware: HardwareSnapshot | None, base: FoundBase | None, dataset: FoundDataset | None
+) -> list[Advice]:
+    """Return the advised values for what is known so far.
+
+    Nothing while the base is unknown, and for the demo, whose own preset is complete.
+    """
+    from lorasmith.engine import advisor
+
+    if base is None or draft.is_demo:
+        return []
+    family = base.identity.family
+    try:
+        goal = goal_of(draft, family)
+        pictures = len(dataset.pictures) if dataset is not None else USUAL_PICTURES
+        return advisor.recommend(family, goal, pictures, base.identity.native_resolution, _vram_gib(hardware))
+    except ConfigError:
+        return []
+
+
+def goal_of(draft: Draft, family: str) -> str:
+    """Return the goal that the user chose, or the family's usual one."""
+    from lorasmith.engine.advisor import goals
+
+    known = goals(family)
+    chosen = draft.kept.get("goal", "")
+    return chosen if chosen in known else next(iter(known), "")
+
+
+def _vram_gib(hardware: HardwareSnapshot | None) -> float | None:
+    gpus = hardware.gpus if hardware is not None else ()
+    return max((gpu.total_gib for gpu in gpus if gpu.total_gib is not None), default=None)
+
+
+def find_plan(resolved: ResolvedConfig, base: FoundBase | None, dataset: FoundDataset | None, tell: Tell) -> Plan:
+    """Return what the run will do: steps, disk, memory, warnings."""
+    from lorasmith.engine.plan import build_plan
+
+    known = (base.identity, base.files) if base is not None else (None, None)
+    return build_plan(resolved, known[0], dataset.dataset if dataset is not None else None, known[1])
+
+
+@dataclass(frozen=True)
+class Probes:
+    """The looks that the wizard takes; tests put their own in."""
+
+    hardware: Callable[..., Any] = find_hardware
+    base: Callable[..., FoundBase] = find_base
+    dataset: Callable[..., FoundDataset] = find_dataset
+    tokenizers: Callable[..., list[Any]] = find_tokenizers
+    start: Callable[..., Any] = start_session
+    plan: Callable[..., Plan] = find_plan

@@ -109,6 +109,7 @@ class SettingField(Vertical):
     def __init__(self, key: str, text: str) -> None:
         super().__init__(id=field_id(key))
         self.key = key
+        self.source = ""
         self._text = text
         self._note: Static = Static("", classes="note", markup=False)
 
@@ -151,7 +152,8 @@ class SettingField(Vertical):
     def help_for(self) -> tuple[str, str]:
         """Return title and explanation for the help."""
         bounds = bounds_of(self.key)
-        return label_of(self.key), f"{help_of(self.key)}\n\n{self.key}{f': {bounds}' if bounds else ''}"
+        about = f"{help_of(self.key)}\n\n{self.key}{f': {bounds}' if bounds else ''}"
+        return label_of(self.key), f"{about}\n\n{self.source}" if self.source else about
 
     def on_input_changed(self, event: Input.Changed) -> None:
         """Pass a typed change on."""

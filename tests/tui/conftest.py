@@ -112,7 +112,7 @@ async def settle(pilot: Pilot[Any]) -> None:
     assert isinstance(app, LorasmithApp)
     await pilot.pause()
     for _ in range(500):
-        if not app.looking():
+        if not app.known.looking():
             break
         await asyncio.sleep(0.01)
     await pilot.pause()
@@ -131,6 +131,7 @@ async def replace_text(pilot: Pilot[Any], text: str) -> None:
     await pilot.press("end", "ctrl+u")
     assert pilot.app.focused is not None
     pilot.app.focused.post_message(Paste(text))
+    await pilot.pause()
     await pilot.pause()
 
 

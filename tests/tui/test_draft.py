@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from lorasmith.engine.advisor import Advice
 from lorasmith.engine.errors import ConfigError, DatasetError
 from lorasmith.tui.draft import Draft, from_json, load_draft
 from lorasmith.tui.draft_file import DraftFile
 from lorasmith.tui.fields import read_text, settings, write_text
-
-
-@dataclass(frozen=True)
-class Hint:
-    key: str
-    value: Any
-    why: str = "because"
-    source: str = "preset sd15"
 
 
 def test_a_new_draft_is_the_demo_and_can_start() -> None:
@@ -40,7 +31,7 @@ def test_another_base_leaves_the_demo_settings_behind() -> None:
 
 
 def test_the_users_value_wins_over_advice_and_reset_brings_the_advice_back() -> None:
-    advice: list[Any] = [Hint("adapter.rank", 32)]
+    advice = [Advice("adapter.rank", 32, "24 GB tier", "a paper", "preset sd15")]
     draft = Draft(answers={"base.model": "owner/name"})
     assert draft.value("adapter.rank", advice) == 32
     draft.put("adapter.rank", "4")
@@ -90,7 +81,7 @@ def test_what_pages_found_wrong_is_listed_in_page_order() -> None:
     draft = Draft()
     draft.put("adapter.rank", "x")
     problems = draft.problems(failures={"dataset.folder": DatasetError("The folder is empty.", fix="Choose another.")})
-    assert [(p.page, p.message) for p in problems][0] == ("dataset", "The folder is empty. Choose another.")
+    assert (problems[0].page, problems[0].message) == ("dataset", "The folder is empty. Choose another.")
     assert [p.page for p in problems] == ["dataset", "settings"]
 
 

@@ -165,10 +165,10 @@ async def test_missing_captions_are_a_question_that_must_be_answered(make_app: M
         assert "1 without a caption: d.png" in shown
         assert "64 × 64" in shown
         assert "zqx, a red picture a" in shown
-        assert "dataset.missing_captions" in [problem.key for problem in app.problems()]
+        assert "dataset.missing_captions" in [problem.key for problem in app.known.problems()]
         await pilot.press("tab", "tab", "right")
         await settle(pilot)
-        assert app.problems() == []
+        assert app.known.problems() == []
         assert app.draft.value("dataset.missing_captions") == "trigger"
 
 
@@ -393,7 +393,8 @@ def test_sixteen_colors_are_used_where_there_are_no_more_or_none_are_wanted() ->
 def test_the_first_page_needs_neither_torch_nor_pydantic() -> None:
     code = (
         "import sys; import lorasmith.tui.app, lorasmith.tui.screens.hardware as page; page.PAGE_CLASS\n"
-        "heavy = {'torch', 'diffusers', 'transformers', 'peft', 'pydantic', 'numpy', 'PIL', 'tomlkit'} & set(sys.modules)\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'peft', 'pydantic', 'numpy', 'PIL', 'tomlkit'}\n"
+        "heavy &= set(sys.modules)\n"
         "sys.exit(', '.join(heavy) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

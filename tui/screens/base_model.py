@@ -32,8 +32,8 @@ class BaseModelPage(WizardPage):
     AUTO_FOCUS = "#choice"
     HELP_TEXT: ClassVar[str] = (
         "The base model is what the LoRA is trained for; it works with that base and its relatives only.\n\n"
-        "Hub: the id as on huggingface.co, e.g. stable-diffusion-v1-5/stable-diffusion-v1-5. It is downloaded once. For a "
-        "gated model accept its licence on its page and run `hf auth login` first.\n"
+        "Hub: the id as on huggingface.co, e.g. stable-diffusion-v1-5/stable-diffusion-v1-5. It is downloaded once. "
+        "For a gated model accept its licence on its page and run `hf auth login` first.\n"
         "Local: a diffusers folder (with model_index.json) or one .safetensors file."
     )
 
@@ -54,8 +54,8 @@ class BaseModelPage(WizardPage):
         self.query_one("#choice", OptionList).highlighted = list(CHOICES).index(chosen)
         self._show_choice()
         super().on_mount()
-        if draft.is_demo or self.wizard.looks.get("base_model") is not None:
-            self.wizard.look_at_base()
+        if draft.is_demo or self.wizard.known.looks.get("base_model") is not None:
+            self.wizard.known.look_at_base()
 
     def _guess(self) -> str:
         model = str(self.wizard.draft.answers.get("base.model", ""))
@@ -87,7 +87,7 @@ class BaseModelPage(WizardPage):
         self.wizard.change("base.model", DEMO if name == DEMO else kept.get(name, ""))
         self._show_choice()
         if name == DEMO:
-            self.wizard.look_at_base()
+            self.wizard.known.look_at_base()
         self.refresh_page()
 
     @on(OptionList.OptionSelected, "#choice")
@@ -105,17 +105,17 @@ class BaseModelPage(WizardPage):
 
     def accept(self) -> bool:
         """Look at a new id or path first; a recognised base, or a second Enter, goes on."""
-        known = self.wizard.current("base_model")
-        look = self.wizard.look_at_base(again=True)
+        known = self.wizard.known.current("base_model")
+        look = self.wizard.known.look_at_base(again=True)
         self.refresh_page()
         if look is None:
             self.hint("Type an id or a path first; n or the step list goes on without.")
             return False
-        return self.chosen == DEMO or known is not None and known is look
+        return self.chosen == DEMO or (known is not None and known is look)
 
     def refresh_page(self) -> None:
         """Show what the base turned out to be."""
-        look = self.wizard.current("base_model")
+        look = self.wizard.known.current("base_model")
         found = self.query_one("#found", Status)
         if look is None:
             found.say("Press Enter to look at it; a Hub model is downloaded then." if self.chosen != DEMO else "")

@@ -43,7 +43,7 @@ class DatasetPage(WizardPage):
         merged = self.wizard.draft
         for name, key in FOLDERS.items():
             yield Static(f"{label_of(key)}{' (optional)' if name == 'regularization' else ''}", markup=False)
-            yield SafeInput(merged.text(key, self.wizard.advice()), id=name, placeholder="/path/to/folder")
+            yield SafeInput(merged.text(key, self.wizard.known.advice()), id=name, placeholder="/path/to/folder")
         with Vertical(id="captions"):
             yield Static("", id="captions-question", markup=False)
             yield Choice(("ask", "trigger", "exclude"), merged.text("dataset.missing_captions"), id="captions-choice")
@@ -52,8 +52,8 @@ class DatasetPage(WizardPage):
     def on_mount(self) -> None:
         """Show what is known; the demo's own pictures are scanned right away."""
         super().on_mount()
-        self.wizard.look_at_base()
-        self.wizard.look_at_dataset()
+        self.wizard.known.look_at_base()
+        self.wizard.known.look_at_dataset()
         self.refresh_page()
 
     @on(Input.Changed)
@@ -62,7 +62,7 @@ class DatasetPage(WizardPage):
 
     @on(Input.Blurred)
     def _left(self) -> None:
-        self.wizard.look_at_dataset()
+        self.wizard.known.look_at_dataset()
         self.refresh_page()
 
     @on(Choice.Changed, "#captions-choice")
@@ -71,10 +71,10 @@ class DatasetPage(WizardPage):
 
     def accept(self) -> bool:
         """Scan a new folder first; a scanned one goes on."""
-        known = self.wizard.current("dataset")
+        known = self.wizard.known.current("dataset")
         if known is not None and known.error is None:
             return True
-        look = self.wizard.look_at_dataset(again=known is not None and known.done)
+        look = self.wizard.known.look_at_dataset(again=known is not None and known.done)
         self.refresh_page()
         if look is None:
             self.hint("Type the folder's path first; the step list (s) goes on without.")
@@ -82,7 +82,7 @@ class DatasetPage(WizardPage):
 
     def refresh_page(self) -> None:
         """Show the scan, or how far it is."""
-        look = self.wizard.current("dataset")
+        look = self.wizard.known.current("dataset")
         found = self.query_one("#found", Status)
         captions = self.query_one("#captions")
         captions.display = look is not None and look.value is not None and bool(look.value.captionless)
@@ -100,13 +100,16 @@ class DatasetPage(WizardPage):
         missing = dataset.captionless
         if missing:
             names = ", ".join(item.relative for item in missing[:4]) + ("…" if len(missing) > 4 else "")
-            question = f"! {len(missing)} without a caption: {names}\nask: decide now · trigger: the word alone · exclude: leave out"
+            question = (
+                f"! {len(missing)} without a caption: {names}\n"
+                "ask: stop the start · trigger: the word alone · exclude: leave them out"
+            )
             self.query_one("#captions-question", Static).update(Text(safe_str(question, lines=True)))
         text = dataset_text(dataset)
-        plan = self.wizard.plan()
+        plan = self.wizard.known.plan()
         if plan is not None:
             text.append_text(buckets_text(plan))
-        trigger = str(self.wizard.draft.value("captions.trigger", self.wizard.advice()))
+        trigger = str(self.wizard.draft.value("captions.trigger", self.wizard.known.advice()))
         text.append_text(prompts_text(dataset, trigger))
         text.append_text(refusals_text(dataset))
         found.say(text)

@@ -45,7 +45,7 @@ class HardwarePage(WizardPage):
 
     def refresh_page(self) -> None:
         """Show the snapshot, or how long it takes."""
-        look = self.wizard.looks.get("hardware")
+        look = self.wizard.known.looks.get("hardware")
         machine = self.query_one("#machine", Status)
         if look is None or not look.done:
             machine.say("Looking at the machine…" + (f" {look.seconds} s" if look is not None and look.seconds else ""))

@@ -33,7 +33,7 @@ class WizardPage(Screen[None]):
     PAGE: ClassVar[str] = "hardware"
     HELP_TEXT: ClassVar[str] = ""
     BINDINGS: ClassVar[list[BindingType]] = [*bindings("page")]
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (80, "-normal"), (120, "-wide")]
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (80, "-normal"), (120, "-wide")]  # noqa: RUF012
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class WizardPage(Screen[None]):
         self.set_interval(1.0, self._tick)
 
     def _tick(self) -> None:
-        if self.wizard.looking():
+        if self.wizard.known.looking():
             self.refresh_page()
 
     def refresh_page(self) -> None:

@@ -33,7 +33,8 @@ class ReviewPage(WizardPage):
     AUTO_FOCUS = None
     BINDINGS: ClassVar[list[BindingType]] = [*bindings("review")]
     HELP_TEXT: ClassVar[str] = (
-        "Everything that will be trained, as the run file that `lorasmith train` takes. y copies the command, t the file.\n\n"
+        "Everything that will be trained, as the run file that `lorasmith train` takes. y copies the command, "
+        "t the file.\n\n"
         "Start makes a run folder and begins. While problems are listed, Enter on one leads to its field."
     )
 
@@ -46,6 +47,7 @@ class ReviewPage(WizardPage):
         """State, problems, command, run file."""
         yield Status(id="state")
         yield OptionList(id="problems", markup=False, compact=True)
+        yield Status(id="plan", classes="gap")
         yield Status(id="command", classes="gap")
         yield Static("", id="toml", classes="gap", markup=False)
 
@@ -56,14 +58,14 @@ class ReviewPage(WizardPage):
 
     def on_mount(self) -> None:
         """Look at what was skipped, and show everything."""
-        self.wizard.look_at_base()
-        self.wizard.look_at_dataset()
+        self.wizard.known.look_at_base()
+        self.wizard.known.look_at_dataset()
         super().on_mount()
         self.query_one("#problems" if self._shown else "#next").focus(scroll_visible=False)
 
     def _pending(self) -> list[str]:
         names = {"base_model": "the base model", "dataset": "the pictures", "start": "the start"}
-        found = [(words, self.wizard.current(name)) for name, words in names.items()]
+        found = [(words, self.wizard.known.current(name)) for name, words in names.items()]
         return [f"{words}: {look.progress()}" for words, look in found if look is not None and not look.done]
 
     def draft_changed(self) -> None:
@@ -75,25 +77,42 @@ class ReviewPage(WizardPage):
 
     def refresh_page(self) -> None:
         """Show the problems, or the run."""
-        problems = self.wizard.problems()
+        problems = self.wizard.known.problems()
         self._show_problems(problems)
         self._show_state(problems)
         resolved = self._resolved()
         if resolved is None:
             self.query_one("#toml", Static).update("The run file can be shown when the problems above are solved.")
             self.query_one("#command", Status).say("")
+            self.query_one("#plan", Status).say("")
             return
         from lorasmith.engine.run_file import to_toml
 
+        self._show_plan(resolved)
         command = Text()
         command.append("The same without the wizard (y copies it)\n", "bold")
         command.append(f"  {safe_str(self._command())}")
         self.query_one("#command", Status).say(command)
         self.query_one("#toml", Static).update(safe_text(to_toml(resolved), lines=True))
 
+    def _show_plan(self, resolved: ResolvedConfig) -> None:
+        shown = self.query_one("#plan", Status)
+        look = self.wizard.known.look_at_plan(resolved)
+        if not look.done:
+            return
+        if look.error is not None:
+            shown.say(told(look.error))
+            return
+        text = Text()
+        for label, words in look.value.rows():
+            text.append(f"{'!' if label == 'warning' else ' '} {safe_str(label):<15}", "bold")
+            text.append(f"{safe_str(words)}\n")
+        text.rstrip()
+        shown.say(text)
+
     def _resolved(self) -> ResolvedConfig | None:
         try:
-            return self.wizard.draft.resolve(self.wizard.advice())
+            return self.wizard.draft.resolve(self.wizard.known.advice())
         except LorasmithError:
             return None
 
@@ -112,7 +131,7 @@ class ReviewPage(WizardPage):
 
     def _show_state(self, problems: list[Problem]) -> None:
         state = self.query_one("#state", Status)
-        start = self.wizard.looks.get("start")
+        start = self.wizard.known.looks.get("start")
         pending = self._pending()
         text = Text()
         if start is not None and start.error is not None:
@@ -135,16 +154,16 @@ class ReviewPage(WizardPage):
         self.hint("Enter: start training · Page Up and Down: scroll the run file")
 
     def _summary(self) -> str:
-        resolved, found = self._resolved(), self.wizard.dataset
+        resolved, found = self._resolved(), self.wizard.known.dataset
         if resolved is None:
             return ""
         config = resolved.config
         pictures = f"{len(found.pictures)} pictures" if found is not None else config.dataset.folder
-        base = self.wizard.base.identity.label if self.wizard.base is not None else config.base.model
+        base = self.wizard.known.base.identity.label if self.wizard.known.base is not None else config.base.model
         return (
             f"  {config.run.name}: {pictures}, trigger {config.captions.trigger}, on {base}\n"
-            f"  {config.train.steps:,} steps of {config.train.batch_size}, {config.adapter.kind} rank {config.adapter.rank}, "
-            f"{config.optimizer.name} at {config.optimizer.learning_rate:g}, {config.dataset.resolution} pixels"
+            f"  {config.adapter.kind} rank {config.adapter.rank}, {config.optimizer.name} at "
+            f"{config.optimizer.learning_rate:g}, {config.dataset.resolution} pixels"
         )
 
     def _command(self) -> str:
@@ -152,7 +171,7 @@ class ReviewPage(WizardPage):
 
     def accept(self) -> bool:
         """Start, now or when the checks are done; never leave the page by itself."""
-        if self.wizard.problems():
+        if self.wizard.known.problems():
             self.hint("Solve what is listed first; Enter on a line leads to its field.")
             return False
         if self._pending():
@@ -209,7 +228,10 @@ class ReviewPage(WizardPage):
 
 def _connection_note(environment: os._Environ[str]) -> str:
     if "SSH_CONNECTION" in environment and not {"TMUX", "STY"} & set(environment):
-        return "On SSH without tmux, only this terminal shows the run: `tmux new -s lora lorasmith` can be left and come back to."
+        return (
+            "On SSH without tmux, only this terminal shows the run. "
+            "Started as `tmux new -s lora lorasmith`, it can be left and come back to."
+        )
     return ""
 
 

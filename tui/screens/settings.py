@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from textual import events
+from textual import events, on
 from textual.app import ComposeResult
 from textual.binding import BindingType
-from textual.containers import Vertical
-from textual.widgets import Button
+from textual.containers import Horizontal, Vertical
+from textual.widgets import Button, Static
 
+from lorasmith.engine.errors import ConfigError
 from lorasmith.tui.actions import bindings
 from lorasmith.tui.fields import help_of, label_of, page_of, settings
+from lorasmith.tui.findings import goal_of
 from lorasmith.tui.forms import Choice, SafeInput, SettingField, field_id
 from lorasmith.tui.screens.page import WizardPage
 
@@ -40,9 +42,35 @@ class SettingsPage(WizardPage):
 
     def compose_body(self) -> ComposeResult:
         """The important fields; the others follow when asked for."""
+        goals = self._goals()
         with Vertical(id="fields"):
+            if goals:
+                with Horizontal(id="goal-row"):
+                    yield Static("It shall learn a", classes="label", markup=False)
+                    yield Choice(goals, goal_of(self.wizard.draft, self._family()), id="goal")
             for key in IMPORTANT:
                 yield self._field(key)
+
+    def _family(self) -> str:
+        base = self.wizard.known.base
+        return "" if base is None or self.wizard.draft.is_demo else base.identity.family
+
+    def _goals(self) -> tuple[str, ...]:
+        """The goals that the base's preset knows; none for the demo, whose preset is complete."""
+        from lorasmith.engine.advisor import goals
+
+        try:
+            return goals(self._family()) if self._family() else ()
+        except ConfigError:
+            return ()
+
+    @on(Choice.Changed, "#goal")
+    def _goal_chosen(self, event: Choice.Changed) -> None:
+        event.stop()
+        self.wizard.draft.kept["goal"] = event.value
+        self.wizard.changed()
+        for field in self.query(SettingField):
+            field.show(self.wizard.draft.text(field.key, self.wizard.known.advice()))
 
     def compose_buttons(self) -> ComposeResult:
         """The toggle and Next."""
@@ -56,7 +84,7 @@ class SettingsPage(WizardPage):
             self.run_worker(self._show_others())
 
     def _field(self, key: str) -> SettingField:
-        return SettingField(key, self.wizard.draft.text(key, self.wizard.advice()))
+        return SettingField(key, self.wizard.draft.text(key, self.wizard.known.advice()))
 
     def _others(self) -> list[str]:
         return [
@@ -98,7 +126,7 @@ class SettingsPage(WizardPage):
             self.hint("Move to a field first.")
             return
         self.wizard.draft.reset(field.key)
-        field.show(self.wizard.draft.text(field.key, self.wizard.advice()))
+        field.show(self.wizard.draft.text(field.key, self.wizard.known.advice()))
         self.wizard.changed()
 
     def _focused_field(self) -> SettingField | None:
@@ -115,15 +143,14 @@ class SettingsPage(WizardPage):
 
     def refresh_page(self) -> None:
         """Show each field's origin and reason, or its problem."""
-        draft, advice = self.wizard.draft, self.wizard.advice()
+        draft, advice = self.wizard.draft, self.wizard.known.advice()
         merged = draft.merged(advice)
-        reasons = {item.key: item.why for item in advice}
-        problems = {problem.key: problem.message for problem in self.wizard.problems()}
+        problems = {problem.key: problem.message for problem in self.wizard.known.problems()}
         for field in self.query(SettingField):
             origin = "wizard" if draft.changed(field.key) else merged[field.key][1]
-            advised = next((item.value for item in advice if item.key == field.key), None)
-            reason = reasons.get(field.key, "") if advised == merged[field.key][0] else ""
-            field.tell(origin, reason, problems.get(field.key, ""))
+            advised = next((item for item in advice if item.key == field.key), None)
+            field.tell(origin, advised.why if advised is not None else "", problems.get(field.key, ""))
+            field.source = f"{advised.why}\nSource: {advised.source}" if advised is not None else ""
 
     def reveal(self, key: str) -> None:
         """Move to the field of `key`, opening all settings where it is among them."""

@@ -35,5 +35,6 @@ class TooSmall(ModalScreen[None]):
 
     def _tell(self, width: int, height: int) -> None:
         self.query_one("#too-small", Static).update(
-            f"Terminal too small\nneed {MIN_WIDTH}×{MIN_HEIGHT}, have {width}×{height}\nenlarge it; a training goes on\nctrl+q quits"
+            f"Terminal too small\nneed {MIN_WIDTH}×{MIN_HEIGHT}, have {width}×{height}\n"
+            "enlarge it; a training goes on\nctrl+q quits"
         )

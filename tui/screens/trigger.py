@@ -22,7 +22,8 @@ class TriggerPage(WizardPage):
     AUTO_FOCUS = "#trigger"
     HELP_TEXT: ClassVar[str] = (
         "The trigger word is put once and first into every caption, and you put it into a prompt to call the LoRA. "
-        "A short rare word of letters works best, such as zqx or ohwx: the base then has no meaning of its own for it.\n\n"
+        "A short rare word of letters works best, such as zqx or ohwx: the base then has no meaning of its own for "
+        "it.\n\n"
         "Captions should describe what may change (pose, background, light); what they leave out goes into the trigger."
     )
 
@@ -30,7 +31,7 @@ class TriggerPage(WizardPage):
         """The word, its tokens, and a caption with it."""
         yield Static("Trigger word", markup=False)
         yield SafeInput(
-            self.wizard.draft.text("captions.trigger", self.wizard.advice()), id="trigger", placeholder="zqx"
+            self.wizard.draft.text("captions.trigger", self.wizard.known.advice()), id="trigger", placeholder="zqx"
         )
         yield Status(id="problem")
         yield Status(id="tokens", classes="gap")
@@ -39,18 +40,18 @@ class TriggerPage(WizardPage):
     def on_mount(self) -> None:
         """Load the tokenizers while the word is typed."""
         super().on_mount()
-        self.wizard.look_at_base()
+        self.wizard.known.look_at_base()
         self._look_at_words()
 
     def _look_at_words(self) -> None:
-        if self.wizard.looks.get("base_model") is not None:
-            self.wizard.look_at_words()
+        if self.wizard.known.looks.get("base_model") is not None:
+            self.wizard.known.look_at_words()
         self.refresh_page()
 
     def draft_changed(self) -> None:
         """A base that was recognised meanwhile brings its tokenizers."""
         super().draft_changed()
-        if self.wizard.base is not None and self.wizard.current("words") is None:
+        if self.wizard.known.base is not None and self.wizard.known.current("words") is None:
             self._look_at_words()
 
     @on(Input.Changed, "#trigger")
@@ -60,7 +61,7 @@ class TriggerPage(WizardPage):
     def refresh_page(self) -> None:
         """Show problems, tokens and warnings for the word as it stands."""
         trigger = self.query_one("#trigger", SafeInput).value
-        problem = next((p.message for p in self.wizard.problems() if p.key == "captions.trigger"), "")
+        problem = next((p.message for p in self.wizard.known.problems() if p.key == "captions.trigger"), "")
         self.query_one("#problem", Status).say(f"✗ {problem}" if problem else "")
         self._show_tokens(trigger.strip())
         self._show_example(trigger)
@@ -68,7 +69,7 @@ class TriggerPage(WizardPage):
 
     def _show_tokens(self, trigger: str) -> None:
         tokens = self.query_one("#tokens", Status)
-        look = self.wizard.current("words")
+        look = self.wizard.known.current("words")
         if not trigger:
             tokens.say("")
         elif look is None:
@@ -84,7 +85,7 @@ class TriggerPage(WizardPage):
     def _show_example(self, trigger: str) -> None:
         from lorasmith.engine.dataset.captions import compose
 
-        found = self.wizard.dataset
+        found = self.wizard.known.dataset
         if found is None or not found.pictures or not trigger.strip():
             return
         text = Text()
