@@ -54,14 +54,8 @@ SPEC = FamilySpec(
         "attention-mlp": (*_ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
     },
     conv_targets=(
-        "conv1",
-        "conv2",
-        "conv_shortcut",
-        "downsamplers.0.conv",
-        "upsamplers.0.conv",
-        "proj_in",
-        "proj_out",
-        "time_emb_proj",
+        *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
+        *("proj_in", "proj_out", "time_emb_proj"),
     ),
     # Without out_proj diffusers does not recognize the text encoder's keys in the kohya layout.
     text_encoder_targets=("q_proj", "k_proj", "v_proj", "out_proj"),
@@ -247,8 +241,7 @@ class StableDiffusion:
         self.text_encoders.clear()
         self._vae = None
         gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
     def _load_networks(self) -> tuple[Any, Any]:
         if self._files.kind == "single_file":

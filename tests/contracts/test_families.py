@@ -187,6 +187,20 @@ def test_the_prediction_has_the_shape_of_the_latents_and_reads_its_own_row_only(
     torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-5)
 
 
+def test_the_prediction_depends_on_noise_time_and_prompt(family: Family) -> None:
+    latents = family.encode_images(_pixels(1))
+    red, blue = (family.collate([item]) for item in family.encode_prompts(["a red circle", "a blue square"]))
+    early, late = torch.tensor([10]), torch.tensor([900])
+    reference = family.predict(latents, early, red)
+    assert torch.equal(family.predict(latents, early, red), reference)
+    for other in (
+        family.predict(latents + 1, early, red),
+        family.predict(latents, late, red),
+        family.predict(latents, early, blue),
+    ):
+        assert (other - reference).abs().max() > 1e-4
+
+
 def test_pictures_follow_their_seed_and_not_the_batch(family: Family) -> None:
     first, second = family.draw(_requests(family, 1, 2), SETTINGS)
     (again,) = family.draw(_requests(family, 2), SETTINGS)
@@ -208,15 +222,20 @@ def test_each_denoising_step_is_reported_and_what_the_callback_raises_ends_the_d
         family.draw(_requests(family, 1), SETTINGS, stop)
 
 
-def test_drawing_leaves_the_training_state_and_the_noise_schedule_as_they_were(family: Family) -> None:
-    before = dict(family.noise_schedule)
-    some = next(part for part in family.denoiser.modules() if isinstance(part, torch.nn.Dropout))
-    some.training = True
-    family.draw(_requests(family, 1), SETTINGS)
-    assert some.training
+def test_drawing_knows_no_dropout_and_leaves_the_training_state_and_the_noise_schedule_as_they_were(
+    files: BaseFiles,
+) -> None:
+    family = _load(files)
+    (before,) = family.draw(_requests(family, 1), SETTINGS)
+    schedule = dict(family.noise_schedule)
+    dropouts = [part for part in family.denoiser.modules() if isinstance(part, torch.nn.Dropout)]
+    for part in dropouts:
+        part.p, part.training = 0.9, True
+    (after,) = family.draw(_requests(family, 1), SETTINGS)
+    assert after.tobytes() == before.tobytes()
+    assert all(part.training for part in dropouts)
     assert not family.denoiser.training
-    some.training = False
-    assert dict(family.noise_schedule) == before
+    assert dict(family.noise_schedule) == schedule
 
 
 def test_released_encoders_are_really_gone_and_pictures_stay_the_same(files: BaseFiles) -> None:

@@ -79,6 +79,18 @@ def test_latents_and_embeddings_are_those_of_the_diffusers_parts(tiny_sd15: Path
     torch.testing.assert_close(family.encode_prompts(["red"])[0]["prompt_embeds"], embeds[0])
 
 
+def test_the_prediction_is_that_of_the_diffusers_unet(tiny_sd15: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    family = _load(tiny_sd15)
+    noisy, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
+    conditioning = family.collate(family.encode_prompts(["red", "blue"]))
+    unet = UNet2DConditionModel.from_pretrained(tiny_sd15 / "unet")
+    with torch.no_grad():
+        expected = unet(noisy, timesteps, encoder_hidden_states=conditioning["prompt_embeds"]).sample
+    torch.testing.assert_close(family.predict(noisy, timesteps, conditioning), expected)
+
+
 def test_a_folder_is_known_with_its_prediction_and_native_resolution(tiny_sd15: Path, tiny_sd15_v: Path) -> None:
     _, plain = identify_base(locate_base(str(tiny_sd15)))
     _, velocity = identify_base(locate_base(str(tiny_sd15_v)))
