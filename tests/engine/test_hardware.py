@@ -199,6 +199,20 @@ def test_readings_that_stop_mid_run_are_said_to_be_lost(gpu: FakeState) -> None:
 
 
 @needs_compiler
+def test_a_library_that_forgot_its_start_is_started_again(gpu: FakeState, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[float] = []
+    real = pynvml.nvmlInit
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: starts.append(time.time()) or real())
+    reader = GpuReader()
+    reader.read()
+    gpu.fail("nvmlDeviceGetCount_v2", pynvml.NVML_ERROR_UNINITIALIZED)
+    reader.read()
+    gpu.fail("nvmlDeviceGetCount_v2", 0)
+    assert len(reader.read().gpus) == 1
+    assert len(starts) == 2
+
+
+@needs_compiler
 def test_a_hanging_driver_delays_a_caller_once_and_is_read_again_when_it_answers(gpu: FakeState) -> None:
     reader = GpuReader()
     gpu.delay("nvmlDeviceGetCount_v2", 0.6)
