@@ -52,8 +52,8 @@ def run_checks(
     """Run every check in order, telling each result to `on_check` as it comes; never raises.
 
     `output_folder` is where runs will be made (default: `runs` in the current folder). The Hub is only asked with
-    `ask_hub`. Takes some seconds, most of them the import of torch. Where there is a GPU, this process holds a CUDA context
-    afterwards, and torch sees the GPUs that CUDA_VISIBLE_DEVICES named before.
+    `ask_hub`. Takes some seconds, most of them the import of torch. Where there is a GPU, this process holds a CUDA
+    context afterwards, and torch sees the GPUs that CUDA_VISIBLE_DEVICES named before.
     """
     quiet_libraries()
     machine = snapshot()
