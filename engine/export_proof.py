@@ -2,14 +2,17 @@
 
 Three steps, each able to refuse the file:
 1. every key is one that the family's readers know, none is missing, none is left over;
-2. the weight changes, rebuilt by the rules of ComfyUI from nothing but the tensors, equal the trained ones;
+2. the weight changes, by the rules of ComfyUI and from nothing but the tensors, equal the trained ones;
 3. diffusers loads the file into a copy of the base model without weights, says nothing, and ends with the same changes.
+
+Changes are compared as the products that they are: a LoCon's changes written out take 3 GB for Stable Diffusion 1.5.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import warnings
 from collections.abc import Iterator
@@ -36,6 +39,35 @@ _LIBRARIES = ("diffusers", "transformers", "peft")
 
 
 @dataclass(frozen=True)
+class Change:
+    """A weight change as a product: scale × up (out, rank, …) @ down (rank, in, …)."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight that is changed."""
+        return (self.up.shape[0], *self.down.shape[1:])
+
+    def written_out(self) -> torch.Tensor:
+        """Return the change in fp32, in the shape of the weight."""
+        return self.scale * (self.up.float().flatten(1) @ self.down.float().flatten(1)).reshape(self.shape)
+
+    def distance(self, other: Change | None = None) -> float:
+        """Return the Frobenius norm of this change less the other.
+
+        ‖U D‖² = tr(UᵀU · DDᵀ), with both changes side by side in U and D; in 64 bits, where cancellation costs nothing.
+        """
+        changes = [(self, 1.0)] + ([(other, -1.0)] if other is not None else [])
+        up = torch.cat([sign * change.scale * change.up.flatten(1).double() for change, sign in changes], dim=1)
+        down = torch.cat([change.down.flatten(1).double() for change, _ in changes])
+        # A clamp keeps NaN, which max() would not.
+        return float(torch.sum((up.T @ up) * (down @ down.T)).clamp(min=0).sqrt())
+
+
+@dataclass(frozen=True)
 class Proof:
     """What was proved: the number of keys, and the modules (`component:path`) whose weight change is zero."""
 
@@ -58,14 +90,15 @@ def prove(path: Path, layout: str, family: Family, adapter: Adapter, *, allow_un
     names = module_names(family, adapter, layout)
     _check_keys(path, tensors, layout, names, known_names(family, layout))
     tolerance = BF16_TOLERANCE if any(t.dtype == torch.bfloat16 for t in tensors.values()) else TOLERANCE
-    rebuilt = read_deltas(tensors)
+    rebuilt = read_changes(tensors)
     loaded = _load_with_diffusers(path, family, names)
     unchanged = []
     for name, module in names.items():
-        trained = adapter.delta(module).detach().float().cpu()
-        _check_delta(path, name, trained, rebuilt[name], "ComfyUI's rules give", tolerance)
-        _check_delta(path, name, trained, loaded[name], "diffusers loads", tolerance)
-        if not trained.any():
+        trained = Change(module.down.detach().cpu(), module.up.detach().cpu(), module.alpha / module.rank)
+        size = trained.distance()
+        _check_change(path, name, trained, size, rebuilt[name], "ComfyUI's rules give", tolerance)
+        _check_change(path, name, trained, size, loaded[name], "diffusers loads", tolerance)
+        if size == 0:
             unchanged.append(f"{module.component}:{module.path}")
     if len(unchanged) == len(names) and not allow_untrained:
         raise ExportError(
@@ -116,20 +149,18 @@ def family_module(family: Family) -> FamilyModule:
     return families()[family.spec.name]
 
 
-def read_deltas(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rebuild each module's weight change in fp32 as ComfyUI does: up @ down, times alpha / rank where `.alpha` is.
+def read_changes(tensors: dict[str, torch.Tensor]) -> dict[str, Change]:
+    """Return each module's weight change as ComfyUI reads it: times alpha / rank where `.alpha` is, else times 1.
 
     Knows nothing of families and headers (comfy/weight_adapter/lora.py).
     """
-    deltas = {}
+    changes = {}
     for down_suffix, up_suffix in SUFFIXES.values():
         for key in [key for key in tensors if key.endswith(up_suffix)]:
             name = key.removesuffix(up_suffix)
-            up, down = tensors[key].float(), tensors[name + down_suffix].float()
-            alpha = tensors.get(name + ALPHA)
-            scale = 1.0 if alpha is None else float(alpha) / down.shape[0]
-            deltas[name] = scale * (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
-    return deltas
+            down, alpha = tensors[name + down_suffix], tensors.get(name + ALPHA)
+            changes[name] = Change(down, tensors[key], 1.0 if alpha is None else float(alpha) / down.shape[0])
+    return changes
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
@@ -158,13 +189,13 @@ def _check_keys(path: Path, tensors: dict[str, torch.Tensor], layout: str, names
         raise ExportError(f"{path.name} lacks the key {missing[0]} ({len(missing)} in all).")
 
 
-def _check_delta(
-    path: Path, name: str, trained: torch.Tensor, found: torch.Tensor, reader: str, tolerance: float
+def _check_change(
+    path: Path, name: str, trained: Change, size: float, found: Change, reader: str, tolerance: float
 ) -> None:
     if trained.shape != found.shape:
-        raise ExportError(f"{path.name}: {name} has shape {tuple(found.shape)}, trained {tuple(trained.shape)}.")
-    norm = float(trained.norm())
-    error = float((found - trained).norm()) / norm if norm > 0 else float(found.norm())
+        raise ExportError(f"{path.name}: {name} has shape {found.shape}, trained {trained.shape}.")
+    gap = trained.distance(found)
+    error = gap / size if size else (math.inf if gap else 0.0)
     # Written so that NaN fails too.
     if not error <= tolerance:
         raise ExportError(
@@ -174,7 +205,7 @@ def _check_delta(
         )
 
 
-def _load_with_diffusers(path: Path, family: Family, names: dict[str, AdapterModule]) -> dict[str, torch.Tensor]:
+def _load_with_diffusers(path: Path, family: Family, names: dict[str, AdapterModule]) -> dict[str, Change]:
     components = {"denoiser": family.denoiser, **family.text_encoders}
     used = dict.fromkeys(module.component for module in names.values())
     copies: dict[Component, torch.nn.Module] = {name: _without_weights(components[name]) for name in used}
@@ -189,25 +220,21 @@ def _load_with_diffusers(path: Path, family: Family, names: dict[str, AdapterMod
             raise ExportError(f"diffusers cannot load {path.name}.", why=f"{type(error).__name__}: {error}") from error
     if complaints:
         raise ExportError(f"diffusers loads {path.name} with a warning.", why=complaints[0])
-    deltas = {(name, layer): delta for name, copy in copies.items() for layer, delta in _loaded_deltas(copy)}
+    found = {(name, layer): change for name, copy in copies.items() for layer, change in _loaded_changes(copy)}
     expected = {(module.component, module.path): name for name, module in names.items()}
-    if set(deltas) != set(expected):
-        component, layer = sorted(set(deltas) ^ set(expected))[0]
+    if set(found) != set(expected):
+        component, layer = sorted(set(found) ^ set(expected))[0]
         raise ExportError(f"diffusers loads {path.name} into other modules than were trained: {component}:{layer}.")
-    return {name: deltas[place] for place, name in expected.items()}
+    return {name: found[place] for place, name in expected.items()}
 
 
-def _loaded_deltas(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _loaded_changes(module: torch.nn.Module) -> Iterator[tuple[str, Change]]:
     from peft.tuners.lora import LoraLayer
 
     for path, layer in module.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        for adapter_name, down in layer.lora_A.items():
-            up: torch.Tensor = layer.lora_B[adapter_name].weight.detach().float()
-            down_weight: torch.Tensor = down.weight.detach().float()
-            product = up.flatten(1) @ down_weight.flatten(1)
-            yield path, layer.scaling[adapter_name] * product.reshape(up.shape[0], *down_weight.shape[1:])
+        if isinstance(layer, LoraLayer):
+            for name, down in layer.lora_A.items():
+                yield path, Change(down.weight.detach(), layer.lora_B[name].weight.detach(), layer.scaling[name])
 
 
 def _without_weights(module: Any) -> torch.nn.Module:

@@ -160,7 +160,7 @@ def _training_keys(config: RunConfig, identity: BaseIdentity) -> dict[str, str]:
         "ss_total_batch_size": str(train.batch_size * train.gradient_accumulation),
         "ss_gradient_accumulation_steps": str(train.gradient_accumulation),
         "ss_gradient_checkpointing": str(train.gradient_checkpointing),
-        "ss_mixed_precision": {"fp32": "no"}.get(train.precision, train.precision),
+        "ss_mixed_precision": {"fp32": "no", "auto": "None"}.get(train.precision, train.precision),
         "ss_max_grad_norm": str(optimizer.max_grad_norm),
         "ss_seed": str(config.run.seed),
         "ss_clip_skip": "None",

@@ -16,7 +16,7 @@ from lorasmith.engine.adapters import Adapter, attach_adapter
 from lorasmith.engine.config import AdapterSettings, ExportSettings, RunConfig, RunSettings
 from lorasmith.engine.errors import ExportError, StorageError
 from lorasmith.engine.export import export_file_name, export_lora, verify_export
-from lorasmith.engine.export_proof import adaptable_modules, known_names, read_deltas
+from lorasmith.engine.export_proof import Change, adaptable_modules, known_names, read_changes
 from lorasmith.engine.families import Family, identify_base
 from lorasmith.engine.families.sd15 import SPEC, export_name
 from lorasmith.engine.inspect_file import inspect_lora
@@ -60,10 +60,10 @@ def test_every_reader_rebuilds_the_trained_change_for_every_alpha(family: Family
     results = export_lora(family, adapter, config_for(["kohya", "diffusers"]), tmp_path, "x", {}, 7)
     assert [result.layout for result in results] == ["kohya", "diffusers"]
     for result in results:
-        deltas = read_deltas(load_file(result.path))
+        changes = read_changes(load_file(result.path))
         for module in adapter.modules:
             exact = adapter.delta(module)
-            found = deltas[export_name(result.layout, module.component, module.path)]
+            found = changes[export_name(result.layout, module.component, module.path)].written_out()
             assert torch.linalg.vector_norm(found - exact) <= 1e-3 * torch.linalg.vector_norm(exact)
         assert verify_export(result.path, result.layout, family, adapter) == result.keys == len(load_file(result.path))
 
@@ -304,6 +304,17 @@ def test_names_of_the_real_sd15_are_those_of_the_field() -> None:
     attention = [name for name in blocks if name.endswith(("to_q", "to_k", "to_v", "to_out_0"))]
     assert len(attention) == 128
     assert "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q" in known_names(fake, "diffusers")
+
+
+def test_changes_are_compared_without_being_written_out() -> None:
+    draw = torch.Generator().manual_seed(0)
+    one = Change(torch.randn(4, 6, 3, 3, generator=draw), torch.randn(8, 4, 1, 1, generator=draw), 0.5)
+    two = Change(one.down * 2, one.up / 2 + 1e-5, 0.5)
+    assert one.shape == two.shape == (8, 6, 3, 3)
+    assert one.distance() == pytest.approx(float(one.written_out().norm()), rel=1e-5)
+    apart = float((one.written_out().double() - two.written_out().double()).norm())
+    assert one.distance(two) == pytest.approx(apart, rel=2e-2)
+    assert one.distance(one) == pytest.approx(0, abs=1e-6)
 
 
 def test_names_do_not_change_when_an_adapter_is_attached(family: Family) -> None:
