@@ -52,7 +52,11 @@ def resolve_demo(*layers: Layer) -> ResolvedConfig:
 
 
 def measure_trigger(
-    lora: Path, sheet: Path, trigger: str, num_seeds: int = NUM_SEEDS, on_progress: Callable[[int, int], None] | None = None
+    lora: Path,
+    sheet: Path,
+    trigger: str,
+    num_seeds: int = NUM_SEEDS,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> TriggerRates:
     """Draw `num_seeds` scenes with and without the trigger from the LoRA file and count the concept in both.
 

@@ -99,9 +99,23 @@ def create_run(resolved: ResolvedConfig) -> RunFolder:
             why=error.strerror or str(error),
             fix="Choose another run.output_folder, or correct its permissions.",
         ) from error
-    atomic_write(run.run_file, to_toml(resolved).encode())
+    atomic_write(run.run_file, to_toml(_with_absolute_paths(resolved)).encode())
     run.run_file.chmod(0o600)
     return run
+
+
+def _with_absolute_paths(resolved: ResolvedConfig) -> ResolvedConfig:
+    """Return the settings with absolute folders, so that the run can be resumed from anywhere."""
+    config = resolved.config
+    dataset = {
+        name: str(Path(value).expanduser().absolute())
+        for name in ("folder", "regularization_folder")
+        if (value := getattr(config.dataset, name))
+    }
+    model = Path(config.base.model).expanduser()
+    base = {"model": str(model.absolute())} if config.base.model and model.exists() else {}
+    changed = {"dataset": config.dataset.model_copy(update=dataset), "base": config.base.model_copy(update=base)}
+    return ResolvedConfig(config.model_copy(update=changed), resolved.origins)
 
 
 def open_run(path: Path) -> RunFolder:

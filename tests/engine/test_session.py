@@ -126,6 +126,19 @@ def test_a_new_run_folder_is_private_and_holds_its_settings(run: RunFolder, reso
     assert not [path for path in run.path.iterdir() if path.suffix == ".tmp"]
 
 
+def test_a_run_made_with_relative_folders_can_be_resumed_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pictures").mkdir()
+    monkeypatch.chdir(tmp_path)
+    values = {"run": {"output_folder": "runs"}, "dataset": {"folder": "pictures"}, "base": {"model": "some/hub-id"}}
+    run = create_run(resolve_config([Layer("run.toml", values)]))
+    monkeypatch.chdir("/")
+    config = open_run(run.path).load_config().config
+    assert Path(config.dataset.folder) == tmp_path / "pictures"
+    assert config.base.model == "some/hub-id"
+
+
 def test_runs_of_the_same_second_get_folders_of_their_own(
     resolved: ResolvedConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
