@@ -79,7 +79,7 @@ def begun() -> list[events.Event]:
 
 
 def training(folder: Path, step: int = 200) -> list[events.Event]:
-    told = begun() + [events.StageChanged(stage="train", label="Training")]
+    told = [*begun(), events.StageChanged(stage="train", label="Training")]
     for last in range(10, step + 1, 10):
         losses = [0.5 / (last + i) for i in range(10)]
         told.append(

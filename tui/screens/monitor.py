@@ -7,6 +7,7 @@ training share one interpreter (a refresh of all takes about 5 ms). The engine n
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any, ClassVar
 
 from textual.app import ComposeResult
@@ -39,7 +40,7 @@ class MonitorScreen(Screen[None]):
     While a training goes on, leaving asks first: `request_quit` is what the application's quit action calls.
     """
 
-    CSS_PATH = "monitor.tcss"
+    CSS_PATH = Path(__file__).with_name("monitor.tcss")
     AUTO_FOCUS = ""
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (110, "-wide")]  # noqa: RUF012  (textual declares it so)
     VERTICAL_BREAKPOINTS = [(0, "-short"), (32, "-tall")]  # noqa: RUF012
