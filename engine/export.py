@@ -66,7 +66,10 @@ def export_lora(
     An older file of that name is replaced only by a proved one. Raises ExportError where a proof fails and
     StorageError where the disk refuses; neither leaves a new file behind.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(folder, 0, error) from error
     results = []
     for layout in dict.fromkeys(config.export.layouts):
         path = folder / export_file_name(name, layout)

@@ -245,6 +245,13 @@ def test_a_full_disk_is_a_storage_error_and_leaves_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_made_is_a_storage_error(family: Family, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    adapter = trained(family, AdapterSettings(rank=RANK))
+    with pytest.raises(StorageError, match="taken"):
+        export_lora(family, adapter, config_for(["kohya"]), tmp_path / "taken" / "export", "x", {}, 1)
+
+
 def test_the_libraries_loggers_are_as_before_after_a_proof(exported: tuple[Family, Adapter, Path]) -> None:
     import logging
 
