@@ -41,8 +41,7 @@ class BareLoop:
         drawn = [learner.loader.batch(index) for index in range(batches)]
         self.latents = [batch.latents for batch in drawn]
         self.text = [
-            torch.stack([learner.conditionings[caption]["prompt_embeds"] for caption in batch.captions])
-            for batch in drawn
+            torch.stack([learner.conditionings[text]["prompt_embeds"] for text in batch.captions]) for batch in drawn
         ]
         self.alphas = alphas_cumprod(learner.family.noise_schedule).float()
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.01, fused=True)
@@ -129,9 +128,8 @@ def compare(base: str, resolution: int, batch: int, rounds: int, steps: int) -> 
 
     torch.set_num_threads(1)
     family = load_family(base, torch.device("cpu"), torch.float32)
-    config = settings(
-        base, resolution, batch, {"rank": 8, "alpha": 8.0}, steps=1_000_000, precision="fp32", device="cpu"
-    )
+    adapter = {"rank": 8, "alpha": 8.0}
+    config = settings(base, resolution, batch, adapter, steps=1_000_000, precision="fp32", device="cpu")
     learner, material = build(family, config)
     with tempfile.TemporaryDirectory() as folder:
         engine, bare = EngineLoop(learner, material, Path(folder)), BareLoop(learner, config.train.log_every)
@@ -168,11 +166,8 @@ def main() -> None:
     options = parser.parse_args()
     result = compare(options.base, options.resolution, options.batch, options.rounds, options.steps)
     name = options.base if options.base == "demo" else "other"
-    print(
-        json.dumps(
-            {"benchmark": "engine_overhead", "base": name} | result | facts("torch", "diffusers", "peft"), indent=2
-        )
-    )
+    result = {"benchmark": "engine_overhead", "base": name} | result | facts("torch", "diffusers", "peft")
+    print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

@@ -118,11 +118,8 @@ def main() -> int:
 
     quiet_libraries()
     if not (torch.cuda.is_available() or options.smoke):
-        print(
-            json.dumps(
-                {"benchmark": "gpu_sd15", "skipped": "no NVIDIA GPU that torch can use"} | facts("torch"), indent=2
-            )
-        )
+        skipped = {"benchmark": "gpu_sd15", "skipped": "no NVIDIA GPU that torch can use"}
+        print(json.dumps(skipped | facts("torch"), indent=2))
         return 0
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
@@ -130,9 +127,8 @@ def main() -> int:
             sys.path.insert(0, str(Path(__file__).parent.parent))
             from tests.tiny import build_tiny_sd15
 
-            result = {"smoke": True} | measure(
-                build_tiny_sd15(base), torch.device("cpu"), 64, options.batch, options.steps
-            )
+            result: dict[str, Any] = {"smoke": True}
+            result |= measure(build_tiny_sd15(base), torch.device("cpu"), 64, options.batch, options.steps)
         else:
             device = torch.device("cuda", 0)
             result = {"gpu": torch.cuda.get_device_name(device)}
