@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 USAGE = """lorasmith: the wizard needs a terminal. Without one, use the commands:
 
@@ -57,19 +58,32 @@ def run_wizard(*, demo: bool = False) -> int:
     app = LorasmithApp(Draft() if demo else None, warm_up=True)
     code = run_app(app, lambda: app.session, state_folder() / "wizard.log")
     print("\n".join(app.last_words()), flush=True)
-    if app.session is None and is_importing():
-        # A half-done import or download in a daemon thread must neither delay nor crash the end of the interpreter.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    if "torch" in sys.modules or is_working():
+        end_now(code)
     return code
 
 
-def is_importing() -> bool:
-    """Whether a thread of the wizard is still at work."""
+def is_working() -> bool:
+    """Whether a thread of the wizard is still at work, such as a download."""
     import threading
 
-    return any(thread.daemon and thread is not threading.current_thread() for thread in threading.enumerate())
+    return any(thread.daemon for thread in threading.enumerate())
+
+
+def end_now(code: int) -> NoReturn:
+    """End the process without taking it apart.
+
+    The run is joined and its files are closed by now. Taking torch and its company apart takes seconds (18 s were seen
+    on a busy machine), and a half-done import or download in a daemon thread could crash it.
+    """
+    import atexit
+    import logging
+
+    atexit._run_exitfuncs()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ class LorasmithApp(App[int]):
     def changed(self) -> None:
         """Tell the page and the disk that the draft is another."""
         self.touch()
-        if self.page is not None and self.page.is_mounted:
+        if self.page is not None and self.page.ready:
             self.page.draft_changed()
 
     def _save_draft(self) -> None:
@@ -168,7 +168,7 @@ class LorasmithApp(App[int]):
             return
         if message.name == "start":
             self._started(message.look)
-        if self.page is not None and self.page.is_mounted:
+        if self.page is not None and self.page.ready:
             self.page.draft_changed()
 
     def marks(self) -> dict[str, str]:

@@ -146,7 +146,7 @@ async def test_what_was_typed_for_one_kind_of_base_stays_when_another_is_chosen(
         await pilot.press("down", "enter", "enter")
         await settle(pilot)
         assert "Base me/mine" in screen_text(app)
-        assert "Licence" in screen_text(app)
+        assert "License" in screen_text(app)
         assert app.draft.page == "base_model"
         await pilot.press("enter")
         await settle(pilot)
@@ -238,6 +238,34 @@ async def test_any_step_can_be_visited_from_the_list(make_app: MakeApp) -> None:
         await pilot.press("1")
         await settle(pilot)
         assert app.draft.page == "hardware"
+
+
+async def test_a_look_that_ends_while_a_page_opens_is_shown_when_it_stands(make_app: MakeApp) -> None:
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        for name in PAGES:
+            app.visit(name)
+            app.changed()  # before the page has any widget
+            await settle(pilot)
+            assert f"· {PAGES[name]}" in screen_text(app)
+
+
+async def test_a_key_pressed_before_the_review_stands_starts_nothing(
+    make_app: MakeApp, started: list[FakeSession]
+) -> None:
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        app.visit("review")
+        page = app.page
+        assert page is not None
+        await page.run_action("next")
+        await settle(pilot)
+        assert not started
+        await page.run_action("next")
+        await settle(pilot)
+        assert len(started) == 1
 
 
 async def test_help_explains_the_focused_field(make_app: MakeApp) -> None:

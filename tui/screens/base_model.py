@@ -33,7 +33,7 @@ class BaseModelPage(WizardPage):
     HELP_TEXT: ClassVar[str] = (
         "The base model is what the LoRA is trained for; it works with that base and its relatives only.\n\n"
         "Hub: the id as on huggingface.co, e.g. stable-diffusion-v1-5/stable-diffusion-v1-5. It is downloaded once. "
-        "For a gated model accept its licence on its page and run `hf auth login` first.\n"
+        "For a gated model accept its license on its page and run `hf auth login` first.\n"
         "Local: a diffusers folder (with model_index.json) or one .safetensors file."
     )
 
@@ -129,12 +129,12 @@ class BaseModelPage(WizardPage):
 
 
 def base_text(found: FoundBase) -> Text:
-    """Return label, licence and its consequence, native resolution, and what is missing."""
+    """Return label, license and its consequence, native resolution, and what is missing."""
     spec, identity = found.family.SPEC, found.identity
     text = Text("✓ ")
     text.append(safe_str(identity.label), "bold")
     text.append(f"\n  Trained at {identity.native_resolution} pixels · {identity.parameters / 1e6:,.1f} M parameters\n")
-    text.append(f"  Licence: {safe_str(spec.license.name)}. {safe_str(spec.license.consequence)}\n")
+    text.append(f"  License: {safe_str(spec.license.name)}. {safe_str(spec.license.consequence)}\n")
     text.append(f"  {safe_str(spec.license.url)}\n", "dim")
     if identity.parts_missing:
         text.append(f"! Missing in these files: {safe_str(', '.join(identity.parts_missing))}\n")

@@ -63,7 +63,8 @@ class DatasetPage(WizardPage):
     @on(Input.Blurred)
     def _left(self) -> None:
         self.wizard.known.look_at_dataset()
-        self.refresh_page()
+        if self.is_current:
+            self.refresh_page()
 
     @on(Choice.Changed, "#captions-choice")
     def _captions_decided(self, event: Choice.Changed) -> None:

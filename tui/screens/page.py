@@ -34,10 +34,13 @@ class WizardPage(Screen[None]):
     HELP_TEXT: ClassVar[str] = ""
     BINDINGS: ClassVar[list[BindingType]] = [*bindings("page")]
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (80, "-normal"), (120, "-wide")]  # noqa: RUF012
+    VERTICAL_BREAKPOINTS = [(0, "-short"), (32, "-tall")]  # noqa: RUF012
 
     def __init__(self) -> None:
         super().__init__()
         self._labels: list[str] = []
+        self.ready = False
+        """Whether the page's widgets exist; a look may end between the page's push and its mount."""
 
     @property
     def wizard(self) -> LorasmithApp:
@@ -72,9 +75,14 @@ class WizardPage(Screen[None]):
 
     def on_mount(self) -> None:
         """Fill the page from the draft and what was found, then keep waits ticking."""
+        self.ready = True
         self.show_steps()
         self.refresh_page()
         self.set_interval(1.0, self._tick)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Refuse keys that were pressed before the page stands: what cannot be seen must not be accepted."""
+        return self.ready and super().check_action(action, parameters)
 
     def _tick(self) -> None:
         if self.wizard.known.looking():

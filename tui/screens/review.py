@@ -6,6 +6,7 @@ import os
 import shlex
 from typing import TYPE_CHECKING, ClassVar
 
+from rich.table import Table
 from rich.text import Text
 from textual import on
 from textual.app import ComposeResult
@@ -103,12 +104,10 @@ class ReviewPage(WizardPage):
         if look.error is not None:
             shown.say(told(look.error))
             return
-        text = Text()
+        table = Table.grid(padding=(0, 2, 0, 0))
         for label, words in look.value.rows():
-            text.append(f"{'!' if label == 'warning' else ' '} {safe_str(label):<15}", "bold")
-            text.append(f"{safe_str(words)}\n")
-        text.rstrip()
-        shown.say(text)
+            table.add_row(safe_text(f"! {label}" if label == "warning" else f"  {label}", "bold"), safe_text(words))
+        shown.update(table)
 
     def _resolved(self) -> ResolvedConfig | None:
         try:
@@ -151,19 +150,16 @@ class ReviewPage(WizardPage):
         if note := _connection_note(os.environ):
             text.append(f"\n! {note}")
         state.say(text)
-        self.hint("Enter: start training · Page Up and Down: scroll the run file")
+        self.hint("Enter: start training · Page Up and Down: scroll")
 
     def _summary(self) -> str:
-        resolved, found = self._resolved(), self.wizard.known.dataset
+        resolved = self._resolved()
         if resolved is None:
             return ""
         config = resolved.config
-        pictures = f"{len(found.pictures)} pictures" if found is not None else config.dataset.folder
-        base = self.wizard.known.base.identity.label if self.wizard.known.base is not None else config.base.model
         return (
-            f"  {config.run.name}: {pictures}, trigger {config.captions.trigger}, on {base}\n"
-            f"  {config.adapter.kind} rank {config.adapter.rank}, {config.optimizer.name} at "
-            f"{config.optimizer.learning_rate:g}, {config.dataset.resolution} pixels"
+            f"  {config.run.name} · trigger {config.captions.trigger} · {config.adapter.kind} rank {config.adapter.rank}\n"
+            f"  {config.optimizer.name} at {config.optimizer.learning_rate:g} · {config.dataset.resolution} pixels"
         )
 
     def _command(self) -> str:
