@@ -156,7 +156,10 @@ def _attach(
             why=f"No linear or convolution layer is named {', '.join(suffixes)}.",
             fix="Choose other adapter.targets, or report this base model.",
         )
-    convolutions = [path for path, layer in layers.items() if isinstance(layer, nn.Conv2d)]
+    # A 1x1 convolution is a linear layer in all but name and takes the plain rank, as in kohya's files.
+    convolutions = [
+        path for path, layer in layers.items() if isinstance(layer, nn.Conv2d) and max(layer.kernel_size) > 1
+    ]
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,

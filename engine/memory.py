@@ -64,9 +64,9 @@ def _matching(tensors: Mapping[str, TensorInfo], suffixes: tuple[str, ...]) -> d
 
 def num_parameters(shapes: Shapes, settings: AdapterSettings) -> int:
     """Return how many numbers the adapter of layers with these weight shapes has."""
-    # A convolution (4-D) has its own rank; see engine.adapters.
+    # A convolution larger than 1x1 has its own rank; see engine.adapters.
     return sum(
-        (settings.conv_rank if len(shape) == 4 else settings.rank) * (shape[0] + math.prod(shape[1:]))
+        (settings.conv_rank if math.prod(shape[2:]) > 1 else settings.rank) * (shape[0] + math.prod(shape[1:]))
         for shape in shapes.values()
     )
 
