@@ -1,0 +1,1 @@
+"""Advice as data: one TOML file a base model family, and the embedded demo."""

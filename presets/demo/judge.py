@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .scenes import BACKGROUNDS, COLORS, SHAPES, Scene, draw
+from lorasmith.presets.demo.scenes import BACKGROUNDS, COLORS, SHAPES, Scene, draw
 
 _OBJECT_DISTANCE = 60.0
 _MIN_OBJECT_PIXELS = 30

@@ -27,12 +27,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image, ImageDraw
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from .judge import matches
-from .scenes import SIDE, Scene, all_scenes, draw, junk_word
-from .tokenizer import MAX_TOKENS, build_tokenizer
+from lorasmith.presets.demo.judge import matches
+from lorasmith.presets.demo.scenes import SIDE, Scene, all_scenes, draw, junk_word
+from lorasmith.presets.demo.tokenizer import MAX_TOKENS, build_tokenizer
 
 VARIANTS = 20
 """Encoded pictures a scene."""
@@ -126,8 +127,15 @@ def to_tensor(pictures: list[Image.Image]) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------- stages, resumable
 
 
-def run_stage(name: str, folder: Path, modules: dict[str, torch.nn.Module], step: Callable[[int], torch.Tensor],
-              optimizer: torch.optim.Optimizer, steps: int, ema: dict[str, torch.Tensor] | None = None) -> None:
+def run_stage(
+    name: str,
+    folder: Path,
+    modules: dict[str, torch.nn.Module],
+    step: Callable[[int], torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    ema: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Call `step(k)` for k < steps, saving to `folder/NAME.pt` once a minute and at the end."""
     path = folder / f"{name}.pt"
     seconds = 0.0
@@ -196,7 +204,9 @@ def train_vae(folder: Path, steps: int) -> AutoencoderKL:
         torch.manual_seed(k)
         posterior = vae.encode(pixels).latent_dist
         decoded = vae.decode(posterior.sample()).sample
-        loss = F.l1_loss(decoded, pixels) + 2 * F.mse_loss(decoded, pixels) + 1e-4 * posterior.kl().mean() / 64
+        loss: torch.Tensor = (
+            F.l1_loss(decoded, pixels) + 2 * F.mse_loss(decoded, pixels) + 1e-4 * posterior.kl().mean() / 64
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -220,6 +230,7 @@ def vae_psnr(vae: AutoencoderKL, pictures: list[Image.Image]) -> float:
 def latent_bank(folder: Path, vae: AutoencoderKL) -> torch.Tensor:
     """Return the encoded pictures of every training scene, (scenes, VARIANTS, 8, 16, 16) in fp16, scaled."""
     path = folder / "latents.pt"
+    bank: torch.Tensor
     if path.exists():
         bank, factor = torch.load(path, weights_only=True)
     else:
@@ -248,12 +259,14 @@ def batch_of(k: int, size: int, bank: torch.Tensor, scenes: list[Scene]) -> tupl
     return torch.stack([bank[i, j] for i, j in chosen]).float(), captions
 
 
-def train_denoiser(folder: Path, bank: torch.Tensor, steps: int, batch: int, lr: float
-                   ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+def train_denoiser(
+    folder: Path, bank: torch.Tensor, steps: int, batch: int, lr: float
+) -> tuple[UNet2DConditionModel, CLIPTextModel]:
     """Train denoiser and text encoder together and return their moving averages."""
     torch.manual_seed(0)
     unet, text_encoder, tokenizer = build_unet(), build_text_encoder(), build_tokenizer()
-    unet.to(memory_format=torch.channels_last)
+    # Matrix units of recent CPUs make bf16 1.4x faster here, but not in the backward pass of fused attention.
+    unet.set_attn_processor(AttnProcessor())
     noise_schedule = DDPMScheduler.from_config(scheduler_config())
     modules: dict[str, torch.nn.Module] = {"unet": unet, "text_encoder": text_encoder}
     named = {f"{key}.{name}": p for key, module in modules.items() for name, p in module.named_parameters()}
@@ -267,13 +280,14 @@ def train_denoiser(folder: Path, bank: torch.Tensor, steps: int, batch: int, lr:
         noise = torch.randn(latents.shape, generator=generator)
         # More of the steps at high noise: shape and place are decided there.
         timesteps = (1000 * torch.rand(batch, generator=generator) ** 0.5).long().clamp(max=999)
-        noisy = noise_schedule.add_noise(latents, noise, timesteps).to(memory_format=torch.channels_last)
+        noisy = noise_schedule.add_noise(latents, noise, timesteps)
         tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        prediction = unet(noisy, timesteps, text_encoder(tokens)[0]).sample
-        loss = F.mse_loss(prediction, noise_schedule.get_velocity(latents, noise, timesteps))
+        with torch.autocast("cpu", torch.bfloat16):
+            prediction = unet(noisy, timesteps, text_encoder(tokens)[0]).sample
+        loss = F.mse_loss(prediction.float(), noise_schedule.get_velocity(latents, noise, timesteps))
         set_lr(optimizer, lr * cosine(k, steps))
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(list(named.values()), 1.0)
         optimizer.step()
         decay = min(EMA_DECAY, (1 + k) / (10 + k))
@@ -290,9 +304,14 @@ def train_denoiser(folder: Path, bank: torch.Tensor, steps: int, batch: int, lr:
 def write_base(folder: Path, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, vae: AutoencoderKL) -> None:
     """Write the diffusers folder in fp16."""
     pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=build_tokenizer(), unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=build_tokenizer(),
+        unet=unet,
         scheduler=DDIMScheduler.from_config(scheduler_config() | {"set_alpha_to_one": True}),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
 
@@ -326,7 +345,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="work folder; the model is written to OUT/base")
     parser.add_argument("--vae-steps", type=int, default=4500)
-    parser.add_argument("--steps", type=int, default=8500)
+    parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=2)

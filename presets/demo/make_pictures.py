@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from random import Random
 
-from .scenes import (
+from lorasmith.presets.demo.scenes import (
     BACKGROUNDS,
     COLORS,
     CONCEPT_BACKGROUNDS,
@@ -43,7 +43,9 @@ def concept_scenes() -> list[Scene]:
 def regular_scenes() -> list[Scene]:
     """Return ordinary scenes: half like those of the concept, half of every kind."""
     rng = Random("regular")
-    alike = [Scene(shape, color, background) for shape, color, background in product(CONCEPT_SHAPES, COLORS, BACKGROUNDS)]
+    alike = [
+        Scene(shape, color, background) for shape, color, background in product(CONCEPT_SHAPES, COLORS, BACKGROUNDS)
+    ]
     other = [Scene(*parts) for parts in product(SHAPES, COLORS, BACKGROUNDS, SIZES, POSITIONS)]
     return rng.sample(alike, NUM_REGULAR // 2) + rng.sample(other, NUM_REGULAR // 2)
 

@@ -6,10 +6,11 @@ into one token. Training a byte-pair encoding on so few words is not determinist
 
 from __future__ import annotations
 
+import itertools
 import string
 from typing import TYPE_CHECKING
 
-from .scenes import vocabulary
+from lorasmith.presets.demo.scenes import vocabulary
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -52,7 +53,7 @@ def _merges(words: list[str]) -> list[tuple[str, str]]:
 def _apply(merges: list[tuple[str, str]], parts: list[str]) -> list[str]:
     rank = {pair: index for index, pair in enumerate(merges)}
     while True:
-        pairs = [(rank[pair], index) for index, pair in enumerate(zip(parts, parts[1:], strict=False)) if pair in rank]
+        pairs = [(rank[pair], index) for index, pair in enumerate(itertools.pairwise(parts)) if pair in rank]
         if not pairs:
             return parts
         index = min(pairs)[1]
