@@ -146,7 +146,7 @@ def train_vae(folder: Path, steps: int) -> AutoencoderKL:
             F.l1_loss(decoded, pixels) + 2 * F.mse_loss(decoded, pixels) + 1e-4 * posterior.kl().mean() / 64
         )
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         return loss.detach()
