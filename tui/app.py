@@ -107,10 +107,12 @@ class LorasmithApp(App[int]):
 
     async def action_quit(self) -> None:
         """Save the draft and leave; a screen with a running training asks first (`request_quit`)."""
-        request = getattr(self.screen, "request_quit", None)
-        if request is not None:
-            request()
-            return
+        # From the top down: a sheet over the monitor must not make quitting forget the training.
+        for screen in reversed(self.screen_stack):
+            request = getattr(screen, "request_quit", None)
+            if request is not None:
+                request()
+                return
         self.save_draft_now()
         self.exit(0)
 

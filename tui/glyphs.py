@@ -47,7 +47,9 @@ class GlyphSet:
             bits = np.einsum("rhcw,hw->rc", grid, _BRAILLE_BITS)
         else:
             bits = grid[:, 0, :, 0] + 2 * grid[:, 1, :, 0]
-        return ["".join(self.cells[bit] for bit in row) for row in bits.tolist()]
+        marks = np.array(list(self.cells))[bits]
+        # One string a row out of its characters, without a Python step for each cell.
+        return [str(row) for row in np.ascontiguousarray(marks).view(f"<U{columns}")[:, 0].tolist()]
 
 
 BRAILLE = GlyphSet(

@@ -1,6 +1,6 @@
 """The running training: loss chart, gauges, previews, log, and the keys that command the run.
 
-One timer polls the events, four times a second; the chart follows at most twice a second, for the screen and the
+One timer polls the events, twice a second, and everything that changed is painted in one pass, for the screen and the
 training share one interpreter (a refresh of all takes about 5 ms). The engine never waits for this screen.
 """
 
@@ -29,9 +29,8 @@ from lorasmith.tui.widgets.log_tail import LogTail
 from lorasmith.tui.widgets.preview import Preview
 from lorasmith.tui.widgets.summary import Summary
 
-POLL_SECONDS = 0.25
-POLLS_PER_CHART = 2
-CLOCK_POLLS = 4
+POLL_SECONDS = 0.5
+POLLS_PER_CLOCK = 2
 
 
 class MonitorScreen(Screen[None]):
@@ -72,8 +71,15 @@ class MonitorScreen(Screen[None]):
         self._asked: Command | None = None
         self._leave_when_over = False
         self._polls = 0
-        self._chart_due = True
         self._summary_shown = False
+        self._headline = Line(id="headline")
+        self._progress = Line(id="progress")
+        self._numbers = Line(id="numbers")
+        self._chart = LossChart(id="chart")
+        self._preview = Preview(id="preview")
+        self._gauges = [Gauge(reading) for reading in hardware_readings(None)]
+        self._summary = Summary(id="summary")
+        self._log = LogTail(id="log")
 
     @property
     def state(self) -> RunState:
@@ -92,17 +98,12 @@ class MonitorScreen(Screen[None]):
 
     def compose(self) -> ComposeResult:
         """Three rows of words, chart and previews, gauges or the summary, log, keys."""
-        yield Line(id="headline")
-        yield Line(id="progress")
-        yield Line(id="numbers")
+        yield from (self._headline, self._progress, self._numbers)
         with Horizontal(id="pictures"):
-            yield LossChart(id="chart")
-            yield Preview(id="preview")
+            yield from (self._chart, self._preview)
         with Container(id="gauges"):
-            for number, reading in enumerate(hardware_readings(None)):
-                yield Gauge(reading, id=f"gauge-{number}")
-        yield Summary(id="summary")
-        yield LogTail(id="log")
+            yield from self._gauges
+        yield from (self._summary, self._log)
         yield Footer(compact=True, show_command_palette=False)
 
     def on_mount(self) -> None:
@@ -116,14 +117,10 @@ class MonitorScreen(Screen[None]):
         changed = self.bridge.poll()
         self._polls += 1
         if changed:
-            self._chart_due = True
             self._forget_asked()
-        if changed or self._polls % CLOCK_POLLS == 0:
-            self._show_words()
-        if changed:
             self._show_parts()
-        if self._chart_due and self._polls % POLLS_PER_CHART == 0:
-            self._show_chart()
+        if changed or self._polls % POLLS_PER_CLOCK == 0:
+            self._show_words()
         if self.over and not self._summary_shown:
             self._show_end()
 
@@ -144,23 +141,21 @@ class MonitorScreen(Screen[None]):
         left, right = say.headline(state, self._asked, self.charts_paused, marks)
         if self.watching and not self.over:
             right = [("watching another process  ", "dim"), *right]
-        self.query_one("#headline", Line).show(left, right)
-        self.query_one("#progress", Line).show(*say.progress_line(state, time.time(), width, marks))
-        smoothed = self.query_one("#chart", LossChart).smoothed_loss()
-        self.query_one("#numbers", Line).show(say.numbers_line(state, smoothed, width, marks))
+        self._headline.show(left, right)
+        self._progress.show(*say.progress_line(state, time.time(), width, marks))
+        self._numbers.show(say.numbers_line(state, self._chart.smoothed_loss(), width, marks))
 
     def _show_parts(self) -> None:
         state = self.state
-        for number, reading in enumerate(hardware_readings(state.hardware)):
-            self.query_one(f"#gauge-{number}", Gauge).show(reading)
-        self.query_one("#preview", Preview).show(state.previews)
-        self.query_one("#log", LogTail).show(state.logs)
+        for gauge, reading in zip(self._gauges, hardware_readings(state.hardware), strict=True):
+            gauge.show(reading)
+        self._preview.show(state.previews)
+        self._log.show(state.logs)
+        self._show_chart()
 
     def _show_chart(self) -> None:
-        if self.charts_paused:
-            return
-        self._chart_due = False
-        self.query_one("#chart", LossChart).show(self.state.losses)
+        if not self.charts_paused:
+            self._chart.show(self.state.losses)
 
     def _show_end(self) -> None:
         self._summary_shown = True
@@ -168,7 +163,7 @@ class MonitorScreen(Screen[None]):
         self.charts_paused = False
         self._show_chart()
         self._show_words()
-        self.query_one("#summary", Summary).show(self.state)
+        self._summary.show(say.summary_rows(self.state))
         self.add_class("-ended")
         self.refresh_bindings()
         if self._leave_when_over:
@@ -228,24 +223,24 @@ class MonitorScreen(Screen[None]):
 
     def action_log_y(self) -> None:
         """Switch the y axis."""
-        self.query_one("#chart", LossChart).toggle_log()
+        self._chart.toggle_log()
 
     def action_smooth(self, direction: int) -> None:
         """Smooth the curve more or less."""
-        self.query_one("#chart", LossChart).smooth_more(direction)
+        self._chart.smooth_more(direction)
         self._show_words()
 
     def action_window(self) -> None:
         """Show all steps or the last ones."""
-        self.query_one("#chart", LossChart).next_window()
+        self._chart.next_window()
 
     def action_browse(self, steps: int, prompts: int) -> None:
         """Select another preview."""
-        self.query_one("#preview", Preview).browse(steps, prompts)
+        self._preview.browse(steps, prompts)
 
     def action_copy_path(self) -> None:
         """Copy the path of the LoRA when the run is over, else of the selected preview."""
-        selected = self.query_one("#preview", Preview).browser.selected
+        selected = self._preview.browser.selected
         path = self.state.exports[-1].path if self.state.exports else selected.path if selected else ""
         if not path:
             self.notify("There is no file yet.", timeout=3)

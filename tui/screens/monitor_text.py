@@ -131,9 +131,10 @@ def _rate(value: float | None) -> str:
 
 def summary_rows(state: RunState) -> list[list[Part]]:
     """Return what to know when the run is over: how it ended, where the LoRA and the previews are, what to do next."""
+    leave: list[Part] = [("Enter or q leaves.", "dim")]
     ended = state.ended
     if ended is None:
-        return []
+        return [[("The run ended without a word. ", "critical"), ("run.log in its folder may say why.", "")], leave]
     role = {"finished": "good", "stopped": "high", "failed": "critical"}[ended.outcome]
     rows: list[list[Part]] = [[(f"{ended.outcome.capitalize()}: ", role), (ended.message, "strong")]]
     rows += [[(text, "")] for text in (ended.why, ended.fix) if text]
@@ -141,7 +142,7 @@ def summary_rows(state: RunState) -> list[list[Part]]:
     sheet = preview_sheet(state)
     if sheet:
         rows.append([("Previews  ", "dim"), (sheet, "")])
-    return [*rows, *([("Next      ", "dim"), (text, "")] for text in next_steps(state))]
+    return [*rows, *([("Next      ", "dim"), (text, "")] for text in next_steps(state)), leave]
 
 
 def preview_sheet(state: RunState) -> str:

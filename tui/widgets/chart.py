@@ -10,7 +10,7 @@ from textual.strip import Strip
 
 from lorasmith.tui.state import Curve
 from lorasmith.tui.widgets.line import Painted, Part, glyphs
-from lorasmith.tui.widgets.plot import SMOOTHINGS, WINDOWS, PlotView, Row, Smoother, draw_plot, short_number
+from lorasmith.tui.widgets.plot import SMOOTHINGS, WINDOWS, PlotView, Smoother, draw_plot, short_number
 
 
 class LossChart(Painted, can_focus=True):
@@ -89,11 +89,8 @@ class LossChart(Painted, can_focus=True):
             return strips + [middle if y == height // 2 else blank for y in range(1, height)]
         smoothed = self._smoother.smooth(self._curve, self.view.smoothing)
         rows = draw_plot(self._curve, smoothed, width, height - 1, self.view)
-        return strips + [self._strip(row) for row in rows]
-
-    def _strip(self, row: Row) -> Strip:
         styles = {layer: self.get_component_rich_style(f"chart--{layer}") for layer in ("axis", "raw", "smooth")}
-        return Strip([Segment(text, styles[layer]) for text, layer in row], sum(len(text) for text, _ in row))
+        return strips + [Strip([Segment(text, styles[layer]) for text, layer in row], width) for row in rows]
 
     def render_line(self, y: int) -> Strip:
         """Return row `y`, drawn once for all rows."""
