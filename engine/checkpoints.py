@@ -199,7 +199,9 @@ def load_checkpoint(folder: Path, step: int) -> Checkpoint:
     path = folder / f"step-{step:08d}"
     if not path.is_dir():
         steps = ", ".join(str(int(other.name.rpartition("-")[2])) for other in _step_folders(folder))
-        raise CheckpointError(f"There is no checkpoint of step {step} in {folder}.", fix=f"There are: {steps or 'none'}.")
+        raise CheckpointError(
+            f"There is no checkpoint of step {step} in {folder}.", fix=f"There are: {steps or 'none'}."
+        )
     reason = damage(path)
     if reason is not None:
         raise CheckpointError(f"The checkpoint {path} is damaged.", why=reason + ".", fix="Use an older one.")

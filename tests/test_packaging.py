@@ -133,6 +133,7 @@ def test_a_foreign_package_called_engine_does_not_disturb_the_command(installed:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(420)
 def test_the_installed_command_trains_and_judges_the_demo(installed: Path, tmp_path: Path) -> None:
     # Two steps prove the way from the packaged model and pictures to a LoRA and its measurement, which such a LoRA
     # rightly fails; the whole demo is `make demo`.
@@ -144,7 +145,7 @@ def test_the_installed_command_trains_and_judges_the_demo(installed: Path, tmp_p
         env={**os.environ, "LORASMITH_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=400,
         check=False,
     )
     assert done.returncode == TrainingError.exit_code, done.stdout + done.stderr

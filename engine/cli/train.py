@@ -209,7 +209,11 @@ def _measure(folder: RunFolder, config: RunConfig) -> int:
 
     lora = next(iter(sorted(folder.export.glob("*.safetensors"))))
     print("Measuring whether the trigger works", flush=True)
-    rates = measure_trigger(lora, folder.previews / "trigger-sheet.png", config.captions.trigger)
+
+    def drawn(done: int, total: int) -> None:
+        print(f"  {done} of {total} pictures", flush=True)
+
+    rates = measure_trigger(lora, folder.previews / "trigger-sheet.png", config.captions.trigger, on_progress=drawn)
     for line in rates.lines():
         print(line)
     print(f"Preview sheet: {visible(rates.sheet)}")
