@@ -411,6 +411,17 @@ def _field(app: LorasmithApp, key: str) -> SafeInput:
     return control
 
 
+async def test_without_colors_the_focus_is_still_seen(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        for name, marked in (("hardware", "Next"), ("base_model", "Demo: comes along"), ("trigger", "zqx")):
+            await go_to(pilot, name)
+            segments = [segment for strip in app.screen._compositor.render_strips() for segment in strip]
+            styled = [s.text for s in segments if s.style is not None and (s.style.reverse or s.style.underline)]
+            assert any(marked in text for text in styled), name
+
+
 def test_sixteen_colors_are_used_where_there_are_no_more_or_none_are_wanted() -> None:
     assert limited_colors({"TERM": "xterm-256color", "NO_COLOR": ""})
     assert limited_colors({"TERM": "linux"})

@@ -76,6 +76,7 @@ class WizardPage(Screen[None]):
     def on_mount(self) -> None:
         """Fill the page from the draft and what was found, then keep waits ticking."""
         self.ready = True
+        self.call_after_refresh(self.refresh_bindings)
         self.show_steps()
         self.refresh_page()
         self.set_interval(1.0, self._tick)

@@ -141,7 +141,8 @@ class ReviewPage(WizardPage):
                 f"✗ {count} thing{'s' if count > 1 else ''} to solve before the start; Enter leads there", "bold"
             )
         else:
-            text.append("✓ Ready to train" if not pending else "Checking", "bold")
+            starting = start is not None and not start.done
+            text.append("Starting" if starting else "Checking" if pending else "✓ Ready to train", "bold")
             text.append(f"\n{safe_str(self._summary(), lines=True)}")
         for line in pending:
             text.append(f"\n  {safe_str(line)}")
@@ -157,9 +158,11 @@ class ReviewPage(WizardPage):
         if resolved is None:
             return ""
         config = resolved.config
+        adapter, optimizer = config.adapter, config.optimizer
         return (
-            f"  {config.run.name} · trigger {config.captions.trigger} · {config.adapter.kind} rank {config.adapter.rank}\n"
-            f"  {config.optimizer.name} at {config.optimizer.learning_rate:g} · {config.dataset.resolution} pixels"
+            f"  {config.run.name} · trigger {config.captions.trigger}\n"
+            f"  {adapter.kind} rank {adapter.rank} · {optimizer.name} at {optimizer.learning_rate:g} · "
+            f"{config.dataset.resolution} pixels"
         )
 
     def _command(self) -> str:
