@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 SCHEMA_VERSION = 1
 
-Stage = Literal["load", "scan", "cache", "train", "finish"]
+Stage = Literal["scan", "load", "cache", "train", "finish"]
 Outcome = Literal["finished", "stopped", "failed"]
 Severity = Literal["info", "warning", "error"]
 

@@ -1,4 +1,4 @@
-"""What a run needs before its first step: a device, the loaded base model, the dataset, its caches, and a way back in.
+"""What a run needs before its first step: the base model, the dataset, and what is encoded once.
 
 Each function is one stage of `engine.trainer.train`; none of them knows the loop.
 """
@@ -21,11 +21,20 @@ from lorasmith.engine.dataset.cache import cache_latents, cache_prompts
 from lorasmith.engine.dataset.loader import Loader
 from lorasmith.engine.dataset.scan import Dataset, require_captions, scan_dataset
 from lorasmith.engine.events import DatasetReady, Event, Logged, Progress, RunStarted, Stage, StageChanged
-from lorasmith.engine.families import Conditioning, Family, identify_base
+from lorasmith.engine.families import BaseIdentity, Conditioning, Family, FamilyModule, identify_base
 from lorasmith.engine.learner import Learner, build_learner
 from lorasmith.engine.previews import preview_prompts
 from lorasmith.engine.sources import BaseFiles, locate_base
 from lorasmith.engine.storage import planned_bytes, require_writable
+
+
+@dataclass(frozen=True)
+class FoundBase:
+    """A located and recognised base model, of which nothing but headers was read."""
+
+    files: BaseFiles
+    module: FamilyModule
+    identity: BaseIdentity
 
 
 @dataclass(frozen=True)
@@ -59,34 +68,41 @@ def announce(
         host.emit(Logged(severity="info", message=f"Resuming from the checkpoint of step {resumed_from}."))
 
 
-def load_base(config: RunConfig, compute: Compute, emit: Callable[[Event], None]) -> tuple[BaseFiles, Family]:
-    """Locate, recognise and load the base model."""
-    emit(StageChanged(stage="load", label="Loading the base model"))
-    files = locate_base(config.base.model, config.base.revision, _progress(emit, "load"))
+def find_base(config: RunConfig, emit: Callable[[Event], None]) -> FoundBase:
+    """Locate and recognise the base model from its headers; a model on the Hub is downloaded."""
+    emit(StageChanged(stage="scan", label="Checking the base model and the dataset"))
+    files = locate_base(config.base.model, config.base.revision, _progress(emit, "scan"))
     module, identity = identify_base(files, config.base.family)
     if config.base.prediction != "auto":
         identity = dataclasses.replace(identity, prediction=config.base.prediction)
-    emit(Logged(severity="info", message=f"Base model: {identity.label} ({files.origin}), on {compute.label}."))
-    return files, module.load(files, identity, compute.device, compute.dtype)
+    emit(Logged(severity="info", message=f"Base model: {identity.label} ({files.origin})."))
+    return FoundBase(files, module, identity)
 
 
-def read_dataset(config: RunConfig, family: Family, emit: Callable[[Event], None]) -> Material:
-    """Scan the pictures, sort out captions and plan the buckets; each refused file is named in the log."""
-    emit(StageChanged(stage="scan", label="Reading the dataset"))
+def load_base(base: FoundBase, compute: Compute, emit: Callable[[Event], None]) -> Family:
+    """Load the weights of the base model."""
+    emit(StageChanged(stage="load", label=f"Loading the base model on {compute.label}"))
+    return base.module.load(base.files, base.identity, compute.device, compute.dtype)
+
+
+def read_dataset(config: RunConfig, pixel_multiple: int, emit: Callable[[Event], None]) -> Material:
+    """Scan the pictures, sort out captions and plan the buckets; each refused file is named in the log.
+
+    Bucket sides are multiples of `pixel_multiple` pixels, as the base model's family asks for.
+    """
     on_progress = _progress(emit, "scan")
     dataset = scan_dataset(config.dataset, lambda done, total: on_progress("Reading pictures", done, total))
     dataset = require_captions(dataset, config.dataset)
     for refusal in dataset.refused:
         emit(Logged(severity="warning", message=f"Left out {refusal.relative}: {refusal.reason}"))
-    plan = plan_buckets(dataset.items, config.dataset, family.spec.pixel_multiple)
-    batches = plan.batches_per_epoch(config.train.batch_size)
+    plan = plan_buckets(dataset.items, config.dataset, pixel_multiple)
     emit(
         DatasetReady(
             images=len(dataset.items),
             refused=len(dataset.refused),
             regularization=sum(item.regularization for item in dataset.items),
             buckets=plan.counts(),
-            steps_per_epoch=max(1, round(batches / config.train.gradient_accumulation)),
+            steps_per_epoch=plan.steps_per_epoch(config.train.batch_size, config.train.gradient_accumulation),
         )
     )
     return Material(dataset, plan, preview_prompts(config, first_caption(dataset)))

@@ -1,4 +1,4 @@
-"""A training from the first file to the last: load → scan → cache → train → finish.
+"""A training from the first file to the last: scan → load → cache → train → finish.
 
 `train` is the whole story; each stage is one call. The loop never asks the device for a number except once every
 `train.log_every` steps, and looks for commands only between steps. What is written is always written in the same order:
@@ -39,6 +39,7 @@ from lorasmith.engine.run_setup import (
     Material,
     announce,
     build_training,
+    find_base,
     load_base,
     preview_conditionings,
     read_dataset,
@@ -65,11 +66,13 @@ def train(run: RunPaths, config: RunConfig, host: Host) -> None:
         require_space(config, run, 0)
 
         controls = Controls(host, checkpoint.step if checkpoint else 0)
-        files, family = load_base(config, compute, host.emit)
-        material = read_dataset(config, family, host.emit)
+        # Everything that is wrong with the base or the pictures is told before minutes of loading.
+        base = find_base(config, host.emit)
+        material = read_dataset(config, base.module.SPEC.pixel_multiple, host.emit)
+        family = load_base(base, compute, host.emit)
         adapter = attach_adapter(family, config.adapter, config.run.seed)
         require_space(config, run, adapter.num_parameters())
-        learner = build_training(config, files, family, material, adapter, host.emit, controls.stop_wanted)
+        learner = build_training(config, base.files, family, material, adapter, host.emit, controls.stop_wanted)
         if learner is None:
             host.emit(_stopped(controls.step, "Stopped before the first step; nothing is lost."))
             return

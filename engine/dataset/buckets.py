@@ -69,6 +69,10 @@ class BucketPlan:
             uses[sample.bucket] += sample.item.repeats
         return sum(math.ceil(count / batch_size) for count in uses.values())
 
+    def steps_per_epoch(self, batch_size: int, accumulation: int) -> int:
+        """Return the optimizer steps in an epoch, rounded up: the last one may reach into the next epoch."""
+        return max(1, math.ceil(self.batches_per_epoch(batch_size) / accumulation))
+
     def fingerprint(self) -> str:
         """Return a sha256 over everything in the plan that training depends on, to recognise it at a resume."""
         facts = [

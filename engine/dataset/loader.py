@@ -6,7 +6,6 @@ the end of an epoch, so that no picture is left out there.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -43,7 +42,7 @@ class Loader:
         self._epoch: tuple[int, list[tuple[int, ...]]] = (-1, [])
         self.batches_per_epoch = plan.batches_per_epoch(config.train.batch_size)
         """Micro-batches in an epoch."""
-        self.steps_per_epoch = max(1, math.ceil(self.batches_per_epoch / config.train.gradient_accumulation))
+        self.steps_per_epoch = plan.steps_per_epoch(config.train.batch_size, config.train.gradient_accumulation)
         """Optimizer steps in an epoch, rounded up."""
 
     def epoch_of(self, micro: int) -> int:

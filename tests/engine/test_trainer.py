@@ -13,7 +13,7 @@ from lorasmith.engine.commands import Command
 from lorasmith.engine.compute import choose_compute
 from lorasmith.engine.config import RunConfig, TrainSettings
 from lorasmith.engine.dataset.loader import Batch
-from lorasmith.engine.errors import ConfigError, HardwareError, StorageError, TrainingError
+from lorasmith.engine.errors import ConfigError, DatasetError, HardwareError, StorageError, TrainingError
 from lorasmith.engine.events import (
     CheckpointPruned,
     CheckpointSaved,
@@ -36,10 +36,11 @@ from tests.engine.running import RecordingHost, load_tiny, new_run, run_training
 def tiny_learner(config: RunConfig) -> Learner:
     host = RecordingHost()
     compute = choose_compute(config.train)
-    files, family = run_setup.load_base(config, compute, host.emit)
-    material = run_setup.read_dataset(config, family, host.emit)
+    base = run_setup.find_base(config, host.emit)
+    material = run_setup.read_dataset(config, base.module.SPEC.pixel_multiple, host.emit)
+    family = run_setup.load_base(base, compute, host.emit)
     adapter = attach_adapter(family, config.adapter, config.run.seed)
-    learner = run_setup.build_training(config, files, family, material, adapter, host.emit, lambda: False)
+    learner = run_setup.build_training(config, base.files, family, material, adapter, host.emit, lambda: False)
     assert learner is not None
     return learner
 
@@ -53,7 +54,7 @@ def test_a_run_goes_through_its_stages_and_ends_with_a_proved_file(tiny_sd15: Pa
     run, host = run_training(config)
     assert isinstance(host.events[0], RunStarted)
     assert "torch" in host.events[0].versions
-    assert [event.stage for event in host.of(StageChanged)] == ["load", "scan", "cache", "train", "finish"]
+    assert [event.stage for event in host.of(StageChanged)] == ["scan", "load", "cache", "train", "finish"]
     assert host.of(DatasetReady)[0].images == 5
     assert [event.step for event in host.of(StepsDone)] == [2, 4, 5]
     assert all(math.isfinite(loss) for loss in host.losses())
@@ -307,6 +308,24 @@ def test_an_output_folder_that_went_away_is_said_before_step_0(tiny_sd15: Path, 
     with pytest.raises(StorageError, match="Cannot write to the output folder"):
         run_training(config, host, run)
     assert not host.of(StepsDone)
+
+
+def test_what_is_wrong_with_the_pictures_is_said_before_the_base_model_is_loaded(
+    tiny_sd15: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(tiny_sd15, tmp_path)
+    next((tmp_path / "pictures").glob("*.txt")).unlink()
+    host = RecordingHost()
+    with pytest.raises(DatasetError, match="caption"):
+        run_training(config, host)
+    assert [event.stage for event in host.of(StageChanged)] == ["scan"]
+
+
+def test_the_steps_of_an_epoch_are_told_as_the_loader_counts_them(tiny_sd15: Path, tmp_path: Path) -> None:
+    # Five batches, two a step: an epoch ends within its third step.
+    config = tiny_config(tiny_sd15, tmp_path, train={"gradient_accumulation": 2, "batch_size": 1})
+    _, host = run_training(config)
+    assert host.of(DatasetReady)[0].steps_per_epoch == tiny_learner(config).loader.steps_per_epoch == 3
 
 
 def test_an_empty_trigger_is_refused_at_once(tiny_sd15: Path, tmp_path: Path) -> None:
