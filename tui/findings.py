@@ -149,8 +149,10 @@ def find_tokenizers(base: FoundBase, tell: Tell) -> list[Any]:
 
 def start_session(resolved: ResolvedConfig, tell: Tell) -> Any:
     """Make the run folder and start its engine thread; raises LorasmithError."""
+    from lorasmith.engine.preflight import require_ready
     from lorasmith.engine.session import Session, create_run
 
+    require_ready(resolved.config)
     tell("loading PyTorch", 0, 0)
     with HEAVY_IMPORTS:
         pass  # the engine thread imports the same packages

@@ -56,11 +56,13 @@ def train(
 
 
 def _new_run(run_file: Path | None, sets: list[str]) -> tuple[RunFolder, RunConfig]:
+    from lorasmith.engine.preflight import require_ready
     from lorasmith.engine.session import create_run
 
     if run_file is None:
         raise typer.BadParameter("give the settings to train: lorasmith train RUN.toml", param_hint="RUN.toml")
     resolved = resolve_config([load_run_file(run_file), parse_assignments(sets)])
+    require_ready(resolved.config)
     return create_run(resolved), resolved.config
 
 
@@ -192,10 +194,12 @@ def demo(
     On a terminal and without --headless the wizard opens instead.
     """
     from lorasmith.engine.demo_run import resolve_demo
+    from lorasmith.engine.preflight import require_ready
     from lorasmith.engine.session import create_run
 
     layer = Layer("--output", {"run": {"output_folder": str(output)}})
     resolved = resolve_demo(layer, parse_assignments(sets or []))
+    require_ready(resolved.config)
     folder = create_run(resolved)
     code = host_run(folder, resolved.config)
     if code == 0:

@@ -83,15 +83,8 @@ def scan_dataset(settings: DatasetSettings, on_progress: Progress | None = None)
 
     Raises DatasetError where a folder is missing or empty, or holds no readable picture.
     """
-    folder = _require_folder(settings.folder, "dataset.folder")
-    folders = [(folder, False)]
-    if settings.regularization_folder:
-        folders.append((_require_folder(settings.regularization_folder, "dataset.regularization_folder"), True))
-    if len(folders) == 2 and folders[1][0].samefile(folder):
-        raise DatasetError(
-            "dataset.folder and dataset.regularization_folder are the same folder.",
-            fix="Give the regularization pictures a folder of their own.",
-        )
+    folders = require_folders(settings)
+    folder = folders[0][0]
     candidates: list[_Candidate] = []
     refused: list[Refusal] = []
     captions: list[tuple[Path, str]] = []
@@ -148,6 +141,23 @@ def require_captions(dataset: Dataset, settings: DatasetSettings) -> Dataset:
         )
     refused = tuple(sorted(dataset.refused + left_out, key=lambda refusal: refusal.relative))
     return replace(dataset, items=items, refused=refused)
+
+
+def require_folders(settings: DatasetSettings) -> list[tuple[Path, bool]]:
+    """Return the dataset folder and, where one is set, the regularization folder, each with whether it is the latter.
+
+    Raises DatasetError where one is not given, does not exist or is no folder, and where both are the same.
+    """
+    folder = _require_folder(settings.folder, "dataset.folder")
+    folders = [(folder, False)]
+    if settings.regularization_folder:
+        folders.append((_require_folder(settings.regularization_folder, "dataset.regularization_folder"), True))
+    if len(folders) == 2 and folders[1][0].samefile(folder):
+        raise DatasetError(
+            "dataset.folder and dataset.regularization_folder are the same folder.",
+            fix="Give the regularization pictures a folder of their own.",
+        )
+    return folders
 
 
 def _require_folder(text: str, key: str) -> Path:
