@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorasmith.engine.errors import TrainingError
 from lorasmith.engine.run_file import Layer, ResolvedConfig, resolve_config
 from lorasmith.presets import demo
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from lorasmith.engine.config import RunConfig
+    from lorasmith.engine.run_folder import RunFolder
 
 NUM_SEEDS = 32
 WITH_GOAL, WITHOUT_GOAL = 0.80, 0.10
@@ -40,15 +44,40 @@ class TriggerRates:
 
     def lines(self) -> list[str]:
         """Return the result as plain lines."""
+        drawn = f"of {self.seeds} pictures (goal: at"
         return [
-            f"concept shown with the trigger:    {self.with_trigger:6.1%} of {self.seeds} pictures (goal: at least {WITH_GOAL:.0%})",
-            f"concept shown without the trigger: {self.without_trigger:6.1%} of {self.seeds} pictures (goal: at most {WITHOUT_GOAL:.0%})",
+            f"concept shown with the trigger:    {self.with_trigger:6.1%} {drawn} least {WITH_GOAL:.0%})",
+            f"concept shown without the trigger: {self.without_trigger:6.1%} {drawn} most {WITHOUT_GOAL:.0%})",
         ]
 
 
 def resolve_demo(*layers: Layer) -> ResolvedConfig:
     """Return the demo's configuration with `layers` on top."""
     return resolve_config([Layer("demo preset", demo.settings()), *layers])
+
+
+def is_demo(model: str, pictures: str) -> bool:
+    """Whether a run of this base model and this dataset folder is the rehearsal, whose trigger can be measured."""
+    return model == "demo" and bool(pictures) and Path(pictures) == demo.PICTURES
+
+
+def report_trigger(run: RunFolder, config: RunConfig, say: Callable[[str], None]) -> int:
+    """Say how often the concept shows with and without the trigger; return the exit code.
+
+    A missed goal is a failed training. `run` must be finished: its first LoRA file is measured.
+    """
+    lora = next(iter(sorted(run.export.glob("*.safetensors"))))
+    say("Measuring whether the trigger works")
+    rates = measure_trigger(
+        lora,
+        run.previews / "trigger-sheet.png",
+        config.captions.trigger,
+        on_progress=lambda done, total: say(f"  {done} of {total} pictures"),
+    )
+    for line in rates.lines():
+        say(line)
+    say(f"Preview sheet: {rates.sheet}")
+    return 0 if rates.passed else TrainingError.exit_code
 
 
 def measure_trigger(
@@ -63,13 +92,12 @@ def measure_trigger(
     Writes all pictures, with-trigger rows above without-trigger rows, to `sheet`.
     """
     from lorasmith.presets.demo.judge import has_concept
-    from lorasmith.presets.demo.scenes import CONCEPT_BACKGROUNDS, CONCEPT_SHAPES, Scene
-    from lorasmith.presets.demo.scenes import COLORS as colors
+    from lorasmith.presets.demo.scenes import COLORS, CONCEPT_BACKGROUNDS, CONCEPT_SHAPES, Scene
 
     scenes = [
         Scene(
             CONCEPT_SHAPES[i % len(CONCEPT_SHAPES)],
-            list(colors)[i % len(colors)],
+            list(COLORS)[i % len(COLORS)],
             CONCEPT_BACKGROUNDS[i % len(CONCEPT_BACKGROUNDS)],
         )
         for i in range(num_seeds)

@@ -90,7 +90,7 @@ class Plan:
     def _steps_words(self) -> str:
         each = f"{self.batch_size} picture{'s' if self.batch_size > 1 else ''}"
         each += f" × {self.gradient_accumulation}" if self.gradient_accumulation > 1 else ""
-        words = f"{self.steps} of {each}"
+        words = f"{self.steps}, each of {each}"
         return words if self.epochs is None else f"{words}: {self.epochs:.1f} epochs of {self.steps_per_epoch:g} steps"
 
     def _pictures_words(self) -> str:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from lorasmith.engine.session import Session
 
 USAGE = """lorasmith: the wizard needs a terminal. Without one, use the commands:
 
@@ -16,6 +19,7 @@ USAGE = """lorasmith: the wizard needs a terminal. Without one, use the commands
   lorasmith --help               everything else
 """
 EXIT_USAGE = 2
+EXIT_STOPPED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,9 +62,34 @@ def run_wizard(*, demo: bool = False) -> int:
     app = LorasmithApp(Draft() if demo else None, warm_up=True)
     code = run_app(app, lambda: app.session, state_folder() / "wizard.log")
     print("\n".join(app.last_words()), flush=True)
+    if code == 0 and app.session is not None:
+        code = measure_demo(app.session)
     if "torch" in sys.modules or is_working():
         end_now(code)
     return code
+
+
+def measure_demo(session: Session) -> int:
+    """Measure the trigger of a finished demo run on the plain terminal and return the exit code; others are left out.
+
+    Ctrl-C leaves the measurement out: the LoRA is written by now.
+    """
+    import signal
+
+    from lorasmith.engine.demo_run import is_demo, report_trigger
+    from lorasmith.tui.text import safe_str
+
+    config = session.config
+    ended = session.outcome
+    if ended is None or ended.outcome != "finished" or not is_demo(config.base.model, config.dataset.folder):
+        return 0
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        return report_trigger(session.run, config, lambda line: print(safe_str(line), flush=True))
+    except KeyboardInterrupt:
+        print("Not measured. The LoRA is written all the same.")
+        return EXIT_STOPPED
 
 
 def is_working() -> bool:

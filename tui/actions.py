@@ -41,6 +41,8 @@ ACTIONS: tuple[UserAction, ...] = (
     ),
     UserAction("steps", "page", "s", "focus_steps", "Step list", "Move to the list of steps, to visit any of them."),
     UserAction("step-number", "page", "1,2,3,4,5,6", "step", "Go to step", "Go to the step of that number."),
+    UserAction("page-down", "page", "pagedown", "scroll_body(1)", "Scroll down", "Show what follows on the page."),
+    UserAction("page-up", "page", "pageup", "scroll_body(-1)", "Scroll up", "Show what stands above on the page."),
     UserAction("reset", "settings", "r,ctrl+r", "reset", "Reset", "Give the field its recommended value again.", True),
     UserAction("all", "settings", "a", "toggle_all", "All settings", "Show all settings, or the important ones.", True),
     UserAction("copy", "review", "y", "copy_command", "Copy", "Copy the command that trains the same.", True),

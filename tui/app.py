@@ -66,6 +66,8 @@ class LorasmithApp(App[int]):
 
     def visit(self, name: str, key: str = "") -> None:
         """Show a page, at the field of `key` if one is given, and remember that it was seen."""
+        if self.page is not None and self.page.ready:
+            self.page.take_typed()
         for seen in (self.draft.page, name):
             if seen not in self.draft.visited:
                 self.draft.visited.append(seen)
@@ -113,6 +115,8 @@ class LorasmithApp(App[int]):
             if request is not None:
                 request()
                 return
+        if self.page is not None and self.page.ready:
+            self.page.take_typed()
         self.save_draft_now()
         self.exit(0)
 
@@ -203,6 +207,7 @@ class LorasmithApp(App[int]):
         words = []
         if self.session is not None:
             words.append(f"The run: {self.session.run.path}")
+            words += [f"LoRA: {path}" for path in sorted(self.session.run.export.glob("*.safetensors"))]
         if self.file.problem:
             words.append(f"The draft could not be saved: {self.file.problem}")
         elif self.file.saved:

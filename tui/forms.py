@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 from textual import events
 from textual.app import ComposeResult
@@ -166,6 +168,26 @@ class SettingField(Vertical):
         self.post_message(self.Changed(self.key, event.value))
 
 
+class Hanging:
+    """A text whose wrapped lines begin below the first word of their line, not below its mark or indentation."""
+
+    def __init__(self, text: Text) -> None:
+        self._text = text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Wrap each line to what its indentation leaves."""
+        for line in self._text.split("\n", allow_blank=True):
+            start = re.match(r"\s*([✓✗!•] )?", line.plain)
+            indent = start.end() if start else 0
+            head, rest = line.divide([indent])
+            for number, part in enumerate(rest.wrap(console, max(8, options.max_width - indent)) or [Text()]):
+                yield Text.assemble(head if number == 0 else " " * indent, part)
+
+    def __str__(self) -> str:
+        """Return the words."""
+        return self._text.plain
+
+
 class Status(Static):
     """Text about what is going on or was found; foreign text comes in through `say` only."""
 
@@ -174,7 +196,7 @@ class Status(Static):
 
     def say(self, text: str | Text) -> None:
         """Show `text`; a string is made safe, newlines kept."""
-        self.update(text if isinstance(text, Text) else safe_text(text, lines=True))
+        self.update(Hanging(text if isinstance(text, Text) else safe_text(text, lines=True)))
 
 
 def field_id(key: str) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, TypeVar
 
 import numpy as np
@@ -290,13 +291,15 @@ def describe_event(event: events.Event) -> str:
         case events.StageChanged():
             return event.label
         case events.DatasetReady():
-            return f"{event.images} pictures, {event.refused} refused, {event.regularization} regularization pictures"
+            regular = f" ({event.regularization} of them for regularization)" if event.regularization else ""
+            return f"{event.images} pictures{regular}, {event.refused} refused"
         case events.CheckpointSaved():
-            return f"Checkpoint of step {event.step} saved in {event.seconds:.1f} s: {event.path}"
+            return f"Checkpoint of step {event.step} saved in {event.seconds:.1f} s: {_in_run(event.path)}"
         case events.PreviewReady():
-            return f"Preview of step {event.step}: {event.path}"
+            return f"Preview of step {event.step}: {_in_run(event.path)}"
         case events.ExportDone():
-            return f"LoRA of step {event.step} written and proved, {event.keys} keys ({event.layout}): {event.path}"
+            proved = f"written and proved, {event.keys} keys ({event.layout})"
+            return f"LoRA of step {event.step} {proved}: {_in_run(event.path)}"
         case events.Paused():
             return f"Paused at step {event.step}"
         case events.Resumed():
@@ -308,6 +311,11 @@ def describe_event(event: events.Event) -> str:
         case events.RunEnded():
             return " ".join(part for part in (event.message, event.why, event.fix) if part)
     return ""
+
+
+def _in_run(path: str) -> str:
+    """Return a result's path inside its run folder, such as `previews/step-00000050_p0_s1.png`."""
+    return "/".join(PurePath(path).parts[-2:])
 
 
 def _log_line(event: events.Event) -> LogLine | None:

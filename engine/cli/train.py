@@ -16,7 +16,7 @@ import typer
 from lorasmith.engine.cli.output import error_parts, fail, say_json, visible
 from lorasmith.engine.cli.progress import RunPrinter, default_stream, duration
 from lorasmith.engine.commands import Command
-from lorasmith.engine.errors import EXIT_STOPPED, ConfigError, LorasmithError, TrainingError
+from lorasmith.engine.errors import EXIT_STOPPED, ConfigError, LorasmithError
 from lorasmith.engine.run_file import Layer, flatten, load_run_file, parse_assignments, resolve_config
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def demo(
 
     On a terminal and without --headless the wizard opens instead.
     """
-    from lorasmith.engine.demo_run import resolve_demo
+    from lorasmith.engine.demo_run import report_trigger, resolve_demo
     from lorasmith.engine.preflight import require_ready
     from lorasmith.engine.session import create_run
 
@@ -203,22 +203,5 @@ def demo(
     folder = create_run(resolved)
     code = host_run(folder, resolved.config)
     if code == 0:
-        code = _measure(folder, resolved.config)
+        code = report_trigger(folder, resolved.config, lambda line: print(visible(line), flush=True))
     raise typer.Exit(code)
-
-
-def _measure(folder: RunFolder, config: RunConfig) -> int:
-    """Print how often the concept shows with and without the trigger; a missed goal is a failed training."""
-    from lorasmith.engine.demo_run import measure_trigger
-
-    lora = next(iter(sorted(folder.export.glob("*.safetensors"))))
-    print("Measuring whether the trigger works", flush=True)
-
-    def drawn(done: int, total: int) -> None:
-        print(f"  {done} of {total} pictures", flush=True)
-
-    rates = measure_trigger(lora, folder.previews / "trigger-sheet.png", config.captions.trigger, on_progress=drawn)
-    for line in rates.lines():
-        print(line)
-    print(f"Preview sheet: {visible(rates.sheet)}")
-    return 0 if rates.passed else TrainingError.exit_code

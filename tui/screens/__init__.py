@@ -1,0 +1,1 @@
+"""One module for each page of the wizard, the monitor, and the sheets over them."""

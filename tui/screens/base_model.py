@@ -100,8 +100,16 @@ class BaseModelPage(WizardPage):
 
     @on(Input.Changed, "#model")
     def _typed(self, event: Input.Changed) -> None:
-        self.wizard.draft.kept[self.chosen] = event.value
-        self.wizard.change("base.model", event.value)
+        self._take_model(event.value)
+
+    def take_typed(self) -> None:
+        """Take the id or path."""
+        if self.chosen != DEMO:
+            self._take_model(self.query_one("#model", SafeInput).value)
+
+    def _take_model(self, model: str) -> None:
+        self.wizard.draft.kept[self.chosen] = model
+        self.wizard.change("base.model", model)
 
     def accept(self) -> bool:
         """Look at a new id or path first; a recognised base, or a second Enter, goes on."""
@@ -131,11 +139,16 @@ class BaseModelPage(WizardPage):
 def base_text(found: FoundBase) -> Text:
     """Return label, license and its consequence, native resolution, and what is missing."""
     spec, identity = found.family.SPEC, found.identity
+    demo = found.files.origin == DEMO
     text = Text("✓ ")
-    text.append(safe_str(identity.label), "bold")
+    text.append("The demo's own small base" if demo else safe_str(identity.label), "bold")
+    text.append(f"\n  {safe_str(identity.label)}" if demo else "")
     text.append(f"\n  Trained at {identity.native_resolution} pixels · {identity.parameters / 1e6:,.1f} M parameters\n")
-    text.append(f"  License: {safe_str(spec.license.name)}. {safe_str(spec.license.consequence)}\n")
-    text.append(f"  {safe_str(spec.license.url)}\n", "dim")
+    if demo:
+        text.append("  License: that of lorasmith, Apache-2.0. It was trained from nothing, on drawn scenes only.\n")
+    else:
+        text.append(f"  License: {safe_str(spec.license.name)}. {safe_str(spec.license.consequence)}\n")
+        text.append(f"  {safe_str(spec.license.url)}\n", "dim")
     if identity.parts_missing:
         text.append(f"! Missing in these files: {safe_str(', '.join(identity.parts_missing))}\n")
     text.append(f"  {safe_str(found.files.path)}", "dim")

@@ -70,6 +70,11 @@ class DatasetPage(WizardPage):
     def _captions_decided(self, event: Choice.Changed) -> None:
         self.wizard.change("dataset.missing_captions", event.value)
 
+    def take_typed(self) -> None:
+        """Take both folders."""
+        for name, key in FOLDERS.items():
+            self.wizard.change(key, self.query_one(f"#{name}", SafeInput).value)
+
     def accept(self) -> bool:
         """Scan a new folder first; a scanned one goes on."""
         known = self.wizard.known.current("dataset")

@@ -163,7 +163,7 @@ class MonitorScreen(Screen[None]):
         self.charts_paused = False
         self._show_chart()
         self._show_words()
-        self._summary.show(say.summary_rows(self.state))
+        self._summary.show(say.summary_rows(self.state, watching=self.watching))
         self.add_class("-ended")
         self.refresh_bindings()
         if self._leave_when_over:

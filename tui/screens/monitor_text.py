@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -112,13 +113,16 @@ def numbers_line(state: RunState, smoothed: str, width: int, marks: GlyphSet) ->
     if invalid:
         parts += [(mark, "dim"), (f"{invalid} not finite", "critical")]
     wide = width >= 100
-    for name, value in (
+    facts = [
         ("smoothed", smoothed),
         ("learning rate" if wide else "lr", _rate(state.learning_rate)),
-        ("gradient" if wide else "grad", _rate(state.grad_norm)),
         ("epoch", str(state.epoch)),
         ("checkpoint" if wide else "saved", f"step {state.checkpoints[-1].step}" if state.checkpoints else "none yet"),
-    ):
+        ("gradient" if wide else "grad", _rate(state.grad_norm)),
+    ]
+    for name, value in facts:
+        if sum(len(text) for text, _ in parts) + len(mark) + len(name) + 1 + len(value) > width:
+            break
         parts += [(f"{mark}{name} ", "dim"), (value, "")]
     return parts
 
@@ -129,20 +133,42 @@ def _rate(value: float | None) -> str:
     return f"{value:.2g}".replace("e-0", "e-").replace("e+0", "e")
 
 
-def summary_rows(state: RunState) -> list[list[Part]]:
-    """Return what to know when the run is over: how it ended, where the LoRA and the previews are, what to do next."""
-    leave: list[Part] = [("Enter or q leaves.", "dim")]
+def summary_rows(state: RunState, *, watching: bool = False) -> list[list[Part]]:
+    """Return what to know when the run is over: how it ended, where the LoRA and the previews are, what to do next.
+
+    `watching` says that the run belongs to another process, which then also measures the demo's trigger.
+    """
     ended = state.ended
+    measured = not watching and is_measured_next(state)
+    then = " Then the demo's trigger is measured (about 20 s)." if measured else ""
+    leave: list[Part] = [(f"Enter or q leaves.{then}", "strong" if then else "dim")]
     if ended is None:
         return [[("The run ended without a word. ", "critical"), ("run.log in its folder may say why.", "")], leave]
     role = {"finished": "good", "stopped": "high", "failed": "critical"}[ended.outcome]
     rows: list[list[Part]] = [[(f"{ended.outcome.capitalize()}: ", role), (ended.message, "strong")]]
     rows += [[(text, "")] for text in (ended.why, ended.fix) if text]
-    rows += [[("LoRA      ", "dim"), (item.path, "strong")] for item in state.exports]
+    rows += [[("LoRA      ", "dim"), (short_path(item.path), "strong")] for item in state.exports]
     sheet = preview_sheet(state)
     if sheet:
-        rows.append([("Previews  ", "dim"), (sheet, "")])
+        rows.append([("Previews  ", "dim"), (short_path(sheet), "")])
     return [*rows, *([("Next      ", "dim"), (text, "")] for text in next_steps(state)), leave]
+
+
+def short_path(path: str) -> str:
+    """Return `path` as it is reached from the working folder where it lies inside, else whole."""
+    with contextlib.suppress(OSError, ValueError):
+        return str(Path(path).relative_to(Path.cwd()))
+    return path
+
+
+def is_measured_next(state: RunState) -> bool:
+    """Whether leaving this run's monitor goes on with measuring the trigger: a finished demo."""
+    if state.ended is None or state.ended.outcome != "finished":
+        return False
+    from lorasmith.engine.demo_run import is_demo
+
+    model, pictures = (state.config.get(name, {}) for name in ("base", "dataset"))
+    return is_demo(str(model.get("model", "")), str(pictures.get("folder", "")))
 
 
 def preview_sheet(state: RunState) -> str:
@@ -176,5 +202,7 @@ def next_steps(state: RunState) -> list[str]:
         if trigger:
             steps.append(f'Write "{trigger}" in the prompt.')
     if ended is not None and ended.outcome != "finished" and state.checkpoints:
-        steps.append(f"Go on from step {state.checkpoints[-1].step}: lorasmith train --resume {run_folder(state)}")
+        steps.append(
+            f"Go on from step {state.checkpoints[-1].step}: lorasmith train --resume {short_path(run_folder(state))}"
+        )
     return steps

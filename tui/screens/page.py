@@ -122,6 +122,9 @@ class WizardPage(Screen[None]):
         """Show one line of help under the body."""
         self.query_one("#hint", Static).update(safe_text(text), layout=False)
 
+    def take_typed(self) -> None:
+        """Take what stands in the inputs into the draft: a quick key may overtake the message of a change."""
+
     def accept(self) -> bool:
         """Take what the page holds; False keeps the user here (for example while a new folder is shown first)."""
         return True
@@ -159,6 +162,11 @@ class WizardPage(Screen[None]):
     def action_step(self, number: int) -> None:
         """Go to the step of that number."""
         self.wizard.visit(list(PAGES)[number - 1])
+
+    def action_scroll_body(self, pages: int) -> None:
+        """Scroll what does not fit, wherever the focus is."""
+        body = self.query_one("#body")
+        body.scroll_relative(y=pages * max(1, body.size.height - 1), animate=False)
 
     def action_focus_steps(self) -> None:
         """Move to the list of steps."""

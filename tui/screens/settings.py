@@ -119,6 +119,12 @@ class SettingsPage(WizardPage):
         """Take a change into the draft; the fields then show what became of it."""
         self.wizard.change(event.key, event.text)
 
+    def take_typed(self) -> None:
+        """Take every input."""
+        for field in self.query(SettingField):
+            if isinstance(field.control, SafeInput):
+                self.wizard.change(field.key, field.control.value)
+
     def action_reset(self) -> None:
         """Give the focused field its recommended value again."""
         field = self._focused_field()

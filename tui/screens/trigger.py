@@ -58,6 +58,10 @@ class TriggerPage(WizardPage):
     def _typed(self, event: Input.Changed) -> None:
         self.wizard.change("captions.trigger", event.value)
 
+    def take_typed(self) -> None:
+        """Take the word."""
+        self.wizard.change("captions.trigger", self.query_one("#trigger", SafeInput).value)
+
     def refresh_page(self) -> None:
         """Show problems, tokens and warnings for the word as it stands."""
         trigger = self.query_one("#trigger", SafeInput).value

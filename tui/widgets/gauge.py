@@ -54,13 +54,15 @@ def hardware_readings(sample: HardwareSampled | None) -> list[Reading]:
             Reading("GPU", None, None, "%", never, never, note),
             Reading("Temp", None, None, "°C", 80, 90, note),
         ]
-    missing = sample.note or "not reported"
+    # Without a GPU one gauge says why; the reason's details, in brackets, are on the hardware page.
+    missing = sample.note.split(" (")[0] or "not reported"
+    also = "-" if sample.note and sample.vram_used_gib is None else missing
     load, heat = sample.gpu_utilization_percent, sample.temperature_c
     return [
         Reading("VRAM", sample.vram_used_gib, sample.vram_total_gib, "GiB", 90, 97, missing),
         Reading("RAM", sample.ram_used_gib, sample.ram_total_gib, "GiB", 85, 95, missing),
-        Reading("GPU", load, 100.0, "%", never, never, missing, decimals=0),
-        Reading("Temp", heat, 100.0, "°C", 80, 90, missing, decimals=0, limits_are_percent=False),
+        Reading("GPU", load, 100.0, "%", never, never, also, decimals=0),
+        Reading("Temp", heat, 100.0, "°C", 80, 90, also, decimals=0, limits_are_percent=False),
     ]
 
 

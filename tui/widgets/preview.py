@@ -244,11 +244,12 @@ class Preview(Painted, can_focus=True):
                 lines[height // 2] = self.paint([(f"{self.waiting:^{width}}", "dim")], width)
             return lines
         browser, mark = self.browser, f" {glyphs().separator} "
-        where = f"{mark}step {selected.step} ({browser.step_index + 1} of {len(browser.steps)})"
         grid = self._grid()
-        title = [("Previews", "strong"), (where, "")]
+        title = [(f"step {selected.step} ({browser.step_index + 1} of {len(browser.steps)})", "strong")]
         if len(browser.pictures) > grid.columns * grid.rows:
             title.append((f"{mark}picture {browser.prompt_index + 1} of {len(browser.pictures)}", "dim"))
+        if sum(len(text) for text, _ in title) + len(f"Previews{mark}") <= width:
+            title.insert(0, (f"Previews{mark}", "strong"))
         body: list[Strip] = []
         shown = self._shown(grid)
         for begin in range(0, len(shown), grid.columns):
