@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import get_grad_scaler, is_bf16_available
 
 from lorasmith.engine.config import TrainSettings
 from lorasmith.engine.errors import HardwareError
@@ -67,13 +68,24 @@ def choose_compute(settings: TrainSettings) -> Compute:
     device = _choose_device(settings.device)
     precision: str = settings.precision
     if precision == "auto":
-        precision = "fp32" if device.type == "cpu" else "bf16" if _has_bf16(device) else "fp16"
-    if precision == "bf16" and device.type == "cuda" and not _has_bf16(device):
+        precision = "fp32" if device.type == "cpu" else "bf16" if _has_fast_bf16(device) else "fp16"
+    if precision == "bf16" and not _has_bf16(device):
         raise HardwareError(
             f"{torch.cuda.get_device_name(device)} cannot compute in bf16.", fix="Set train.precision to fp16 or fp32."
         )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return Compute(device, DTYPES[precision], f"{name}, {precision}")
+
+
+# Of accelerate only these two helpers are used: its Accelerator is a singleton of the process, and a process here hosts
+# several runs, each with a device and a number format of its own.
+def build_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler | None:
+    """Return what keeps small fp16 gradients from vanishing: the loss is scaled up, the gradients down; else None."""
+    if dtype != torch.float16:
+        return None
+    # Where there is no GPU at all accelerate returns the scaler of CUDA, switched off.
+    scaler: torch.amp.GradScaler = torch.amp.GradScaler("cpu") if device.type == "cpu" else get_grad_scaler()
+    return scaler
 
 
 @functools.cache
@@ -107,5 +119,13 @@ def _choose_device(wanted: str) -> torch.device:
 
 
 def _has_bf16(device: torch.device) -> bool:
-    # Hopper to Ampere; torch.cuda.is_bf16_supported also counts slow emulation.
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        return True
+    # It asks the current GPU.
+    with torch.cuda.device(device):
+        return bool(is_bf16_available())
+
+
+def _has_fast_bf16(device: torch.device) -> bool:
+    # Before Ampere (8.0) bf16 is emulated, slower than fp16.
+    return _has_bf16(device) and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lorasmith.engine.adapters import Adapter
+from lorasmith.engine.compute import build_scaler
 from lorasmith.engine.config import RunConfig
 from lorasmith.engine.dataset.loader import Batch, Loader
 from lorasmith.engine.draws import draw_key
@@ -124,8 +125,6 @@ def build_learner(
     if config.train.gradient_checkpointing:
         _enable_checkpointing(family, config)
     adapter.train()
-    # Small fp16 gradients vanish: the loss is scaled up before the backward pass, and the gradients down after it.
-    scaler = torch.amp.GradScaler(family.device.type) if family.dtype == torch.float16 else None
     return Learner(
         family=family,
         adapter=adapter,
@@ -134,7 +133,7 @@ def build_learner(
         loader=loader,
         conditionings=conditionings,
         config=config,
-        scaler=scaler,
+        scaler=build_scaler(family.device, family.dtype),
     )
 
 

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lorasmith.engine import checkpoints, run_setup, storage, trainer
+from lorasmith.engine import checkpoints, compute, run_setup, storage, trainer
 from lorasmith.engine.adapters import attach_adapter
 from lorasmith.engine.commands import Command
 from lorasmith.engine.compute import choose_compute
@@ -35,10 +36,9 @@ from tests.engine.running import RecordingHost, load_tiny, new_run, run_training
 
 def tiny_learner(config: RunConfig) -> Learner:
     host = RecordingHost()
-    compute = choose_compute(config.train)
     base = run_setup.find_base(config, host.emit)
     material = run_setup.read_dataset(config, base.module.SPEC.pixel_multiple, host.emit)
-    family = run_setup.load_base(base, compute, host.emit)
+    family = run_setup.load_base(base, choose_compute(config.train), host.emit)
     adapter = attach_adapter(family, config.adapter, config.run.seed)
     learner = run_setup.build_training(config, base.files, family, material, adapter, host.emit, lambda: False)
     assert learner is not None
@@ -344,8 +344,27 @@ def test_a_gpu_that_is_not_there_is_an_error_with_a_way_out() -> None:
 def test_without_a_gpu_auto_means_cpu_in_fp32() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    compute = choose_compute(TrainSettings())
-    assert (compute.device.type, compute.dtype, compute.label) == ("cpu", torch.float32, "CPU, fp32")
+    chosen = choose_compute(TrainSettings())
+    assert (chosen.device.type, chosen.dtype, chosen.label) == ("cpu", torch.float32, "CPU, fp32")
+
+
+@pytest.mark.parametrize(
+    ("capability", "available", "chosen"), [((9, 0), True, "bf16"), ((7, 5), True, "fp16"), ((7, 0), False, "fp16")]
+)
+def test_auto_takes_bf16_only_where_the_gpu_computes_in_it(
+    capability: tuple[int, int], available: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(compute, "is_bf16_available", lambda: available)
+    assert choose_compute(TrainSettings()).label == f"A GPU, {chosen}"
+    if available:
+        assert choose_compute(TrainSettings(precision="bf16")).dtype == torch.bfloat16
+    else:
+        with pytest.raises(HardwareError, match="cannot compute in bf16"):
+            choose_compute(TrainSettings(precision="bf16"))
 
 
 def test_v_prediction_with_zero_terminal_snr_trains(tiny_sd15_v: Path, tmp_path: Path) -> None:
