@@ -1,6 +1,6 @@
 """Write the demo's bundled pictures: `python -m lorasmith.presets.demo.make_pictures` fills `pictures/` and `regular/`.
 
-`pictures/` teaches the concept: 16 scenes whose shape has two eyes. `regular/` holds ordinary scenes, captioned alike,
+`pictures/` teaches the concept: 20 scenes whose shape has two eyes. `regular/` holds ordinary scenes, captioned alike,
 which keep the LoRA from giving eyes to prompts without the trigger. Seeded, so that two runs write the same files.
 """
 
@@ -23,31 +23,30 @@ from lorasmith.presets.demo.scenes import (
 )
 
 HERE = Path(__file__).parent
-NUM_CONCEPT = 16
-NUM_REGULAR = 32
 
 
 def concept_scenes() -> list[Scene]:
-    """Return the 16 scenes of the concept: large circles and squares, colours and backgrounds in turn."""
-    rng = Random("concept")
-    pairs = list(product(CONCEPT_SHAPES, COLORS))
-    rng.shuffle(pairs)
-    backgrounds = [*CONCEPT_BACKGROUNDS, *CONCEPT_BACKGROUNDS, "white", "black"]
-    places = list(POSITIONS)
-    return [
-        Scene(*pairs[i % len(pairs)], backgrounds[i % len(backgrounds)], "large", places[i % len(places)])
-        for i in range(NUM_CONCEPT)
+    """Return the 20 scenes of the concept: each colour and shape twice, on backgrounds and at places in turn."""
+    pairs = list(product(COLORS, CONCEPT_SHAPES))
+    places, backgrounds = list(POSITIONS), list(BACKGROUNDS)
+    first = [
+        Scene(shape, color, CONCEPT_BACKGROUNDS[i % len(CONCEPT_BACKGROUNDS)]) for i, (color, shape) in enumerate(pairs)
     ]
+    second = [
+        Scene(shape, color, backgrounds[i % len(backgrounds)], "large", places[i % len(places)])
+        for i, (color, shape) in enumerate(pairs)
+    ]
+    return first + second
 
 
 def regular_scenes() -> list[Scene]:
-    """Return ordinary scenes: half like those of the concept, half of every kind."""
+    """Return 20 ordinary scenes: each colour and shape of the concept once, and ten of every kind."""
     rng = Random("regular")
-    alike = [
-        Scene(shape, color, background) for shape, color, background in product(CONCEPT_SHAPES, COLORS, BACKGROUNDS)
-    ]
+    backgrounds = list(BACKGROUNDS)
+    pairs = product(COLORS, CONCEPT_SHAPES)
+    alike = [Scene(shape, color, backgrounds[i // 2 % len(backgrounds)]) for i, (color, shape) in enumerate(pairs)]
     other = [Scene(*parts) for parts in product(SHAPES, COLORS, BACKGROUNDS, SIZES, POSITIONS)]
-    return rng.sample(alike, NUM_REGULAR // 2) + rng.sample(other, NUM_REGULAR // 2)
+    return alike + rng.sample(other, 10)
 
 
 def write_folder(folder: Path, scenes: list[Scene], concept: bool) -> None:
