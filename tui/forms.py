@@ -41,7 +41,13 @@ class SafeInput(Input):
         return super().check_consume_key(key, character)
 
     async def _on_key(self, event: events.Key) -> None:
-        if not event.is_printable or self.check_consume_key(event.key, event.character):
+        # At once and here: through the app's bindings, ctrl+u would come after letters that were typed behind it.
+        own = self._bindings.key_to_bindings.get(event.key, [])
+        if own and not event.is_printable:
+            event.stop()
+            event.prevent_default()
+            await self.run_action(own[0].action)
+        elif not event.is_printable or self.check_consume_key(event.key, event.character):
             await super()._on_key(event)
         else:
             event.prevent_default()  # the letter bubbles on to the page's keys

@@ -17,7 +17,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 TMUX = shutil.which("tmux")
 _SETTINGS = """
-set -g remain-on-exit on
 set -g default-terminal tmux-256color
 set -sg escape-time 0
 set -g status off
@@ -34,8 +33,8 @@ class TmuxPane:
         settings.write_text(_SETTINGS)
         program = [sys.executable, "-m", "lorasmith.tui", *arguments]
         self._status = folder / f"{self._socket}.status"
-        # tmux 3.3 now and then never asks for the status of a program that ended: a shell writes it down.
-        shell = ["sh", "-c", f'"$@"; echo $? > {shlex.quote(str(self._status))}', "sh"]
+        # The shell keeps the pane for a look at what was printed; tmux itself sometimes misses the status.
+        shell = ["sh", "-c", f'"$@"; echo $? > {shlex.quote(str(self._status))}; exec sleep 600', "sh"]
         environment = ["env", *(f"{name}={value}" for name, value in _environment(folder).items())]
         self._tmux(
             "-f", str(settings), "new-session", "-d", "-x", str(columns), "-y", str(rows), "-c", str(folder),
@@ -97,8 +96,7 @@ class TmuxPane:
     def close(self) -> None:
         """End the program and the server, whatever they do; a hang-up alone would leave a training running."""
         with contextlib.suppress(ProcessLookupError, subprocess.CalledProcessError):
-            if not self._status.exists():
-                os.killpg(self._group, signal.SIGKILL)
+            os.killpg(self._group, signal.SIGKILL)
         with contextlib.suppress(subprocess.CalledProcessError):
             self._tmux("kill-server")
 
