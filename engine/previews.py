@@ -7,9 +7,6 @@ again elsewhere. The same seeds each time make pictures of different steps compa
 from __future__ import annotations
 
 import contextlib
-import io
-import math
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +14,11 @@ from typing import TYPE_CHECKING
 
 from lorasmith.engine.events import Event, Logged, PreviewReady
 from lorasmith.engine.lora_metadata import safe_label
+from lorasmith.engine.preview_sheet import one_line, png_bytes
 from lorasmith.engine.storage import atomic_write
 
 if TYPE_CHECKING:
-    from PIL import Image, ImageFont
+    from PIL import Image
 
     from lorasmith.engine.adapters import Adapter
     from lorasmith.engine.config import RunConfig
@@ -37,8 +35,6 @@ _SAMPLERS = {
     "DPMSolverMultistepScheduler": "DPM++ 2M",
     "UniPCMultistepScheduler": "UniPC",
 }
-_CAPTION_HEIGHT, _GAP, _FONT_SIZE = 18, 6, 12
-_MAX_COLUMNS = 8
 
 Emit = Callable[[Event], None]
 
@@ -111,42 +107,10 @@ def preview_parameters(config: RunConfig, family: Family, prompt: str, seed: int
         "Size": f"{side}x{side}",
         "Model": safe_label(config.base.model),
     }
-    lines = [f"{_one_line(prompt)} <lora:{safe_label(config.run.name)}:1>"]
+    lines = [f"{one_line(prompt)} <lora:{safe_label(config.run.name)}:1>"]
     if config.previews.negative_prompt:
-        lines.append(f"Negative prompt: {_one_line(config.previews.negative_prompt)}")
+        lines.append(f"Negative prompt: {one_line(config.previews.negative_prompt)}")
     return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in settings.items())])
-
-
-def build_sheet(
-    paths: Sequence[Path], labels: Sequence[str] = (), target: Path | None = None, columns: int | None = None
-) -> Path:
-    """Write a grid of pictures, each above its label, as PNG and return its path.
-
-    `target` is `sheet.png` beside the first picture by default; `columns` about the square root of their number.
-    Raises ValueError without pictures or with a different number of labels.
-    """
-    from PIL import Image, ImageDraw
-
-    from lorasmith.engine.dataset.images import open_image
-
-    if not paths or (labels and len(labels) != len(paths)):
-        raise ValueError(f"{len(paths)} pictures and {len(labels)} labels make no sheet")
-    pictures = [open_image(path) for path in paths]
-    columns = columns or min(_MAX_COLUMNS, math.ceil(math.sqrt(len(pictures))))
-    width, height = max(picture.width for picture in pictures), max(picture.height for picture in pictures)
-    row_height = height + (_CAPTION_HEIGHT if labels else 0)
-    rows = math.ceil(len(pictures) / columns)
-    size = (columns * (width + _GAP) + _GAP, rows * (row_height + _GAP) + _GAP)
-    sheet = Image.new("RGB", size, "white")
-    pen, font = ImageDraw.Draw(sheet), _label_font()
-    for index, picture in enumerate(pictures):
-        x, y = _GAP + index % columns * (width + _GAP), _GAP + index // columns * (row_height + _GAP)
-        sheet.paste(picture, (x, y))
-        if labels:
-            pen.text((x, y + height + 2), _fitting(_drawable(labels[index]), font, width), fill="black", font=font)
-    target = target or paths[0].parent / "sheet.png"
-    atomic_write(target, _png(sheet, {}))
-    return target
 
 
 def _draw_all(
@@ -203,8 +167,8 @@ def _keep(
     family: Family, config: RunConfig, picture: Image.Image, item: PreviewPicture, path: Path, step: int, emit: Emit
 ) -> None:
     line = preview_parameters(config, family, item.prompt, item.seed, picture.width)
-    atomic_write(path, _png(picture, {"parameters": line}))
-    emit(PreviewReady(step=step, prompt=item.prompt, seed=item.seed, path=str(path), line=_one_line(line)))
+    atomic_write(path, png_bytes(picture, {"parameters": line}))
+    emit(PreviewReady(step=step, prompt=item.prompt, seed=item.seed, path=str(path), line=one_line(line)))
     if is_flat(picture):
         emit(Logged(severity="warning", message=f"Preview {path.name} is a single color: training may have diverged."))
 
@@ -232,41 +196,6 @@ def _undisturbed(family: Family, adapter: Adapter) -> Iterator[None]:
     finally:
         for dropout, mode in zip(adapter.dropouts, modes, strict=True):
             dropout.train(mode)
-
-
-def _png(picture: Image.Image, texts: Mapping[str, str]) -> bytes:
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    for key, text in texts.items():
-        info.add_itxt(key, text) if not text.isascii() else info.add_text(key, text)
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", pnginfo=info)
-    return buffer.getvalue()
-
-
-def _label_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    from PIL import ImageFont
-
-    return ImageFont.load_default(_FONT_SIZE)
-
-
-def _drawable(text: str) -> str:
-    # Pillow's own font has ASCII letters only and draws boxes for others.
-    plain = unicodedata.normalize("NFKD", _one_line(text))
-    return "".join(c if c.isascii() else "?" for c in plain if not unicodedata.combining(c))
-
-
-def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"{text}…") > width:
-        text = text[:-1]
-    return f"{text}…"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -33,6 +33,7 @@ from lorasmith.engine.events import (
 from lorasmith.engine.export import build_metadata, export_lora
 from lorasmith.engine.learner import Learner
 from lorasmith.engine.lora_metadata import dataset_facts
+from lorasmith.engine.preview_sheet import build_run_sheet
 from lorasmith.engine.previews import draw_previews
 from lorasmith.engine.resume import find_checkpoint
 from lorasmith.engine.run_setup import (
@@ -203,11 +204,19 @@ class Training:
             self.host.emit(Logged(severity="error", message=str(error)))
         if self.config.previews.every:
             self.preview()
+        self._build_sheet()
         self._export()
         if failed:
             raise failed
         message = f"Training finished after {self.controls.step} steps."
         self.host.emit(RunEnded(outcome="finished", step=self.controls.step, message=message))
+
+    def _build_sheet(self) -> None:
+        """Put all previews of the run on one sheet; whatever goes wrong there is a warning."""
+        try:
+            build_run_sheet(self.run.previews)
+        except Exception as error:
+            self.host.emit(Logged(severity="warning", message=f"No sheet of all previews: {error}"))
 
     def _export(self) -> None:
         self._require_finite_weights()
@@ -225,10 +234,16 @@ class Training:
         )
         family, adapter = self.learner.family, self.learner.adapter
         adapter.train(False)
-        for result in export_lora(family, adapter, config, self.run.export, config.run.name, metadata, step):
+        results = export_lora(family, adapter, config, self.run.export, config.run.name, metadata, step)
+        for result in results:
             self.host.emit(
                 ExportDone(step=step, path=str(result.path), layout=result.layout, keys=result.keys, bytes=result.bytes)
             )
+        # The same in every layout.
+        if unchanged := len(results[0].unchanged):
+            were = "was" if unchanged == 1 else "were"
+            message = f"{unchanged} of {len(adapter.modules)} adapted layers {were} left unchanged by training."
+            self.host.emit(Logged(severity="info", message=message))
 
     def _write_checkpoint(self) -> None:
         self._require_finite_weights()

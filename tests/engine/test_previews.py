@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from lorasmith.engine import previews
+from lorasmith.engine import preview_sheet, previews
 from lorasmith.engine.adapters import Adapter, attach_adapter
 from lorasmith.engine.config import AdapterSettings, RunConfig
 from lorasmith.engine.events import Event, Logged, PreviewReady
 from lorasmith.engine.families import DrawSettings, Family, PictureRequest, identify_base
-from lorasmith.engine.previews import build_sheet, draw_previews, is_flat, preview_parameters, preview_prompts
+from lorasmith.engine.preview_sheet import build_run_sheet, build_sheet
+from lorasmith.engine.previews import draw_previews, is_flat, preview_parameters, preview_prompts
 from lorasmith.engine.sources import locate_base
 
 
@@ -228,9 +229,37 @@ def test_a_sheet_shows_each_picture_above_its_label(tmp_path: Path) -> None:
     sheet = build_sheet(paths, ["step 100", "a label far too long for sixty-four pixels", "実験 Zoë"])
     assert sheet == tmp_path / "sheet.png"
     with Image.open(sheet) as picture:
-        assert picture.getpixel((previews._GAP + 5, previews._GAP + 5)) == (255, 0, 0)
-        assert picture.getpixel((2 * previews._GAP + 64 + 5, previews._GAP + 5)) == (0, 255, 0)
-        label = picture.crop((0, previews._GAP + 64, 64, previews._GAP + 64 + previews._CAPTION_HEIGHT))
+        assert picture.getpixel((preview_sheet.GAP + 5, preview_sheet.GAP + 5)) == (255, 0, 0)
+        assert picture.getpixel((2 * preview_sheet.GAP + 64 + 5, preview_sheet.GAP + 5)) == (0, 255, 0)
+        label = picture.crop((0, preview_sheet.GAP + 64, 64, preview_sheet.GAP + 64 + preview_sheet.CAPTION_HEIGHT))
         assert label.convert("L").getextrema()[0] < 100  # something dark was written
     with pytest.raises(ValueError, match="labels"):
         build_sheet(paths, ["one"])
+
+
+def test_the_sheet_of_a_run_has_a_row_for_each_step_and_a_column_for_each_prompt_and_seed(tmp_path: Path) -> None:
+    colors = {(5, 0, 3): "red", (5, 1, 3): "lime", (10, 0, 3): "blue", (10, 0, 12): "yellow"}
+    for (step, prompt, seed), color in colors.items():
+        name = previews.PreviewPicture(prompt, "", seed).file_name(step)
+        Image.new("RGB", (64, 64), color).save(tmp_path / name)
+    Image.new("RGB", (64, 64)).save(tmp_path / "trigger-sheet.png")
+    for _ in range(2):  # its own sheet is none of its pictures
+        assert build_run_sheet(tmp_path) == tmp_path / "sheet.png"
+    across, down = 64 + preview_sheet.GAP, 64 + preview_sheet.GAP + preview_sheet.CAPTION_HEIGHT
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (3 * across + preview_sheet.GAP, 2 * down + preview_sheet.GAP)
+        centers = [[sheet.getpixel((column * across + 38, row * down + 38)) for column in range(3)] for row in range(2)]
+    red, lime, blue, yellow, white = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 255, 255)
+    assert centers == [[red, white, lime], [blue, yellow, white]]
+
+
+def test_a_sheet_of_many_large_pictures_stays_small(tmp_path: Path) -> None:
+    path = tmp_path / "large.png"
+    Image.new("RGB", (600, 300)).save(path)
+    with Image.open(build_sheet([path] * 4, max_pixels=4 * 100 * 100, columns=2)) as sheet:
+        assert sheet.size == (2 * 100 + 3 * preview_sheet.GAP, 2 * 50 + 3 * preview_sheet.GAP)
+
+
+def test_a_run_without_previews_has_no_sheet(tmp_path: Path) -> None:
+    assert build_run_sheet(tmp_path) is None
+    assert list(tmp_path.iterdir()) == []

@@ -59,6 +59,7 @@ def test_a_run_goes_through_its_stages_and_ends_with_a_proved_file(tiny_sd15: Pa
     assert [event.step for event in host.of(StepsDone)] == [2, 4, 5]
     assert all(math.isfinite(loss) for loss in host.losses())
     assert len(host.of(PreviewReady)) == 2
+    assert (run.previews / "sheet.png").is_file()
     assert [event.step for event in host.of(CheckpointSaved)] == [5]
     assert Path(host.of(ExportDone)[0].path).parent == run.export
     ended = host.events[-1]
@@ -229,6 +230,34 @@ def test_a_preview_that_fails_is_a_warning(tiny_sd15: Path, tmp_path: Path, monk
     _, host = run_training(tiny_config(tiny_sd15, tmp_path, previews={"every": 2}))
     assert "no decoder" in texts([e for e in host.of(Logged) if e.severity == "warning"])
     assert host.of(RunEnded)[0].outcome == "finished"
+
+
+def test_a_sheet_that_fails_is_a_warning(tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(folder: Path) -> None:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(trainer, "build_run_sheet", broken)
+    _, host = run_training(tiny_config(tiny_sd15, tmp_path))
+    assert [event.message for event in host.of(Logged) if event.severity == "warning"] == [
+        "No sheet of all previews: no font"
+    ]
+    assert host.of(ExportDone)
+
+
+def test_layers_that_training_left_unchanged_are_told(
+    tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Learner.run_step
+
+    def without_one(self: Learner, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        result = step(self, number)
+        self.adapter.modules[0].up.data.zero_()
+        return result
+
+    monkeypatch.setattr(Learner, "run_step", without_one)
+    _, host = run_training(tiny_config(tiny_sd15, tmp_path, export={"layouts": ["kohya", "diffusers"]}))
+    told = [event.message for event in host.of(Logged) if "unchanged" in event.message]
+    assert told == ["1 of 32 adapted layers was left unchanged by training."]
 
 
 def test_a_save_that_fails_is_an_error_in_the_log_and_training_goes_on(

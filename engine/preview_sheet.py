@@ -1,0 +1,123 @@
+"""Pictures side by side on one sheet: how the previews of a run changed from step to step. Torch-free."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorasmith.engine.storage import atomic_write
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageFont
+
+SHEET_NAME = "sheet.png"
+MAX_SHEET_PIXELS = 40_000_000
+MIN_SIDE = 64
+MAX_COLUMNS = 8
+CAPTION_HEIGHT, GAP, FONT_SIZE = 18, 6, 12
+_PREVIEW_NAME = re.compile(r"step-(?P<step>\d{8,})_p(?P<prompt>\d+)_s(?P<seed>\d+)\.png")
+
+
+def build_sheet(
+    paths: Sequence[Path | None],
+    labels: Sequence[str] = (),
+    target: Path | None = None,
+    columns: int | None = None,
+    max_pixels: int = MAX_SHEET_PIXELS,
+) -> Path:
+    """Write a grid of pictures, each above its label, as PNG and return its path; None leaves a place empty.
+
+    `target` is `sheet.png` beside the first picture by default; `columns` about the square root of their number.
+    Pictures are shrunk until the sheet has about `max_pixels`. Raises ValueError without pictures or with a different
+    number of labels.
+    """
+    from PIL import Image, ImageDraw
+
+    from lorasmith.engine.dataset.images import open_image
+
+    given = [path for path in paths if path is not None]
+    if not given or (labels and len(labels) != len(paths)):
+        raise ValueError(f"{len(given)} pictures and {len(labels)} labels make no sheet")
+    side = max(MIN_SIDE, math.isqrt(max_pixels // len(paths)))
+    pictures = {index: _shrunk(open_image(path), side) for index, path in enumerate(paths) if path is not None}
+    columns = columns or min(MAX_COLUMNS, math.ceil(math.sqrt(len(paths))))
+    width = max(picture.width for picture in pictures.values())
+    height = max(picture.height for picture in pictures.values())
+    row_height = height + (CAPTION_HEIGHT if labels else 0)
+    rows = math.ceil(len(paths) / columns)
+    size = (columns * (width + GAP) + GAP, rows * (row_height + GAP) + GAP)
+    sheet = Image.new("RGB", size, "white")
+    pen, font = ImageDraw.Draw(sheet), _label_font()
+    for index, picture in pictures.items():
+        x, y = GAP + index % columns * (width + GAP), GAP + index // columns * (row_height + GAP)
+        sheet.paste(picture, (x, y))
+        if labels:
+            pen.text((x, y + height + 2), _fitting(_drawable(labels[index]), font, width), fill="black", font=font)
+    target = target or given[0].parent / SHEET_NAME
+    atomic_write(target, png_bytes(sheet, {}))
+    return target
+
+
+def build_run_sheet(folder: Path) -> Path | None:
+    """Write all previews of a run to `folder`/sheet.png, a row for each step and a column for each prompt and seed.
+
+    Returns None where there are no previews.
+    """
+    found = {
+        (int(match["step"]), int(match["prompt"]), int(match["seed"])): path
+        for path in folder.iterdir()
+        if (match := _PREVIEW_NAME.fullmatch(path.name))
+    }
+    if not found:
+        return None
+    columns = sorted({(prompt, seed) for _, prompt, seed in found})
+    cells = [(step, prompt, seed) for step in sorted({step for step, _, _ in found}) for prompt, seed in columns]
+    labels = [f"step {step}, prompt {prompt + 1}, seed {seed}" for step, prompt, seed in cells]
+    return build_sheet([found.get(cell) for cell in cells], labels, folder / SHEET_NAME, len(columns))
+
+
+def png_bytes(picture: Image.Image, texts: Mapping[str, str]) -> bytes:
+    """Return a picture as the content of a PNG file that also holds `texts`."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, text in texts.items():
+        info.add_itxt(key, text) if not text.isascii() else info.add_text(key, text)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def one_line(text: str) -> str:
+    """Return a text without line breaks and repeated spaces."""
+    return " ".join(text.split())
+
+
+def _shrunk(picture: Image.Image, side: int) -> Image.Image:
+    picture.thumbnail((side, side))
+    return picture
+
+
+def _label_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(FONT_SIZE)
+
+
+def _drawable(text: str) -> str:
+    # Pillow's own font has ASCII letters only and draws boxes for others.
+    plain = unicodedata.normalize("NFKD", one_line(text))
+    return "".join(c if c.isascii() else "?" for c in plain if not unicodedata.combining(c))
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"
