@@ -76,7 +76,7 @@ def report_trigger(run: RunFolder, config: RunConfig, say: Callable[[str], None]
     )
     for line in rates.lines():
         say(line)
-    say(f"Preview sheet: {rates.sheet}")
+    say(f"Trigger sheet: {rates.sheet}")
     return 0 if rates.passed else TrainingError.exit_code
 
 

@@ -160,7 +160,17 @@ def _report(folder: RunFolder, printer: RunPrinter, seconds: float, as_json: boo
     print(f"Run folder: {visible(folder.path)}", file=stream)
     for export in printer.exports:
         print(f"LoRA: {visible(export.path)}", file=stream)
+    if sheet := _preview_sheet(folder, ended):
+        print(f"Preview sheet: {visible(sheet)}", file=stream)
     return EXIT_STOPPED if ended.outcome == "stopped" else 0
+
+
+def _preview_sheet(folder: RunFolder, ended: RunEnded) -> str:
+    """Return the sheet of all previews; a run that was not finished, or drew none, has no sheet."""
+    from lorasmith.engine.preview_sheet import SHEET_NAME
+
+    path = folder.previews / SHEET_NAME
+    return str(path) if ended.outcome == "finished" and path.is_file() else ""
 
 
 def _failure(ended: RunEnded) -> LorasmithError:
@@ -178,6 +188,7 @@ def _summary(folder: RunFolder, printer: RunPrinter, seconds: float) -> dict[str
         "loss": printer.last_loss,
         "seconds": round(seconds, 3),
         "exports": [{"path": e.path, "layout": e.layout, "keys": e.keys, "bytes": e.bytes} for e in printer.exports],
+        "preview_sheet": _preview_sheet(folder, ended),
         "message": ended.message,
         "exit_code": ended.exit_code,
         **({"error": error_parts(_failure(ended), ended.exit_code)} if ended.outcome == "failed" else {}),

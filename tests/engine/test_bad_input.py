@@ -305,7 +305,7 @@ def test_a_whole_run_in_a_folder_of_many_scripts(
     summary = json.loads(capsys.readouterr().out)
     lora = Path(summary["exports"][0]["path"])
     assert lora.name == "größe 日本.safetensors"
-    assert len(list((Path(summary["run_folder"]) / "previews").glob("*.png"))) == 4
+    assert len(list((Path(summary["run_folder"]) / "previews").glob("step-*.png"))) == 4
     assert main(["inspect", str(lora), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["trigger"] == "zqx"
     assert main(["check", str(tiny.pictures), "--trigger", "zqx"]) == 0

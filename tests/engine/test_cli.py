@@ -294,6 +294,16 @@ def test_a_training_leaves_a_lora_and_says_where(trained: TinyRun) -> None:
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
 
 
+def test_a_training_with_previews_says_where_their_sheet_is(
+    tiny_sd15: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = make_tiny_run(tmp_path, tiny_sd15, steps=2)
+    assert main(tiny.args("previews.every=1")) == 0
+    sheet = only_run(tiny) / "previews" / "sheet.png"
+    assert capsys.readouterr().out.splitlines()[-1] == f"Preview sheet: {sheet}"
+    assert sheet.is_file()
+
+
 def test_with_json_stdout_is_one_document_and_progress_goes_to_stderr(
     tiny_sd15: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -303,6 +313,7 @@ def test_with_json_stdout_is_one_document_and_progress_goes_to_stderr(
     summary = json.loads(captured.out)
     assert (summary["outcome"], summary["step"], summary["exit_code"]) == ("finished", 2, 0)
     assert Path(summary["exports"][0]["path"]).is_file()
+    assert summary["preview_sheet"] == ""
     assert "step 2/2 (100%)" in captured.err
 
 
