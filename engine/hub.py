@@ -59,7 +59,8 @@ def needed_files(names: Iterable[str], index: dict[str, Any], repo: str) -> list
     Plain weights are preferred to the fp16 variant. Raises BaseModelError where a part has pickled weights only.
     """
     all_names = list(names)
-    chosen = ["model_index.json"]
+    # The card names the license.
+    chosen = ["model_index.json", *(name for name in all_names if name == "README.md")]
     parts = [key for key, value in index.items() if isinstance(value, list) and value and value[0]]
     for part in sorted(set(parts) - _SKIPPED_PARTS):
         inside = [name for name in all_names if PurePosixPath(name).parent == PurePosixPath(part)]

@@ -20,6 +20,8 @@ from lorasmith.engine.safetensors_header import TensorInfo as TensorInfo
 from lorasmith.engine.safetensors_header import read_header as read_header
 
 MAX_CONFIG_BYTES = 10_000_000
+MAX_CARD_CHARACTERS = 100_000
+_CARD_FIELD = re.compile(r"(?P<key>license|license_name):(?P<value>.*)")
 _WEIGHT_FILE = re.compile(r"(?:model|diffusion_pytorch_model)(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors")
 _SHARD_VARIANT = re.compile(r"-\d{5}-of-\d{5}\.(?P<variant>\w+)\.safetensors$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -80,6 +82,10 @@ class BaseFiles:
     def metadata(self) -> dict[str, str]:
         """Return the header metadata of one file; {} for a folder."""
         return read_header(self.path)[1] if self.kind == "single_file" else {}
+
+    def license(self) -> str:
+        """Return the license that the model card of a folder names, e.g. `apache-2.0`; "" where nothing is told."""
+        return _card_license(self.path / "README.md") if self.kind == "folder" else ""
 
     def describe(self) -> str:
         """Say in one sentence what the files seem to be, for the message that no family knows them."""
@@ -164,6 +170,24 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise BaseModelError(f"Cannot read {path}.", why=str(error), fix="Download the base model again.") from None
     return values
+
+
+def _card_license(card: Path) -> str:
+    """Return the license in the lines between the two `---` at the start of a Hub model card."""
+    try:
+        with card.open(encoding="utf-8-sig", errors="replace") as file:
+            lines = file.read(MAX_CARD_CHARACTERS).splitlines()
+    except OSError:
+        return ""
+    if not lines or lines[0].rstrip() != "---" or "---" not in lines[1:]:
+        return ""
+    fields = {"license": "", "license_name": ""}
+    for line in lines[1 : lines.index("---", 1)]:
+        if match := _CARD_FIELD.fullmatch(line):
+            fields[match["key"]] = match["value"].partition(" #")[0].strip().strip("\"'")
+    # For a license that the Hub has no name for, cards say `other` and give the name in a field of its own.
+    own = fields["license_name"] if fields["license"] == "other" else ""
+    return own or fields["license"]
 
 
 def _variant(name: str) -> str | None:

@@ -89,6 +89,7 @@ def _inspect_base(path: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
 
     files = locate_base(str(path))
     module, identity = identify_base(files)
+    own, usual = identity.details.get("license"), module.SPEC.license
     rows = [
         ("base model", identity.label),
         ("files", files.describe()),
@@ -97,6 +98,6 @@ def _inspect_base(path: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         ("native resolution", f"{identity.native_resolution} px"),
         ("parameters", f"{identity.parameters / 1e6:.1f} M, {identity.precision}"),
         ("missing", ", ".join(identity.parts_missing) or "nothing"),
-        ("license", f"{module.SPEC.license.name}: {module.SPEC.license.consequence}"),
+        ("license", f"{own}, as its card says" if own else f"{usual.name}: {usual.consequence}"),
     ]
     return {"type": "base"} | plain(identity), rows

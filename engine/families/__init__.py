@@ -34,7 +34,7 @@ Prediction = Literal["epsilon", "v_prediction", "velocity"]
 
 @dataclass(frozen=True)
 class License:
-    """A base model's licence and what it means for the user."""
+    """The license that models of a family usually have, and what it means for the user."""
 
     name: str
     url: str
@@ -77,7 +77,8 @@ class BaseIdentity:
     """What a located base model is, known from headers and small config files alone.
 
     `label` is shown to the user, e.g. "Stable Diffusion 1.x, epsilon, fp16, 0.86 B". `native_resolution` is the side in
-    pixels that the base was trained at. `parts_missing` names what the files lack, e.g. `vae`.
+    pixels that the base was trained at. `parts_missing` names what the files lack, e.g. `vae`. `details` may hold
+    `license`, the one that the model's own card names; "" or absent: the family's.
     """
 
     family: str

@@ -40,7 +40,8 @@ def identify_folder(files: BaseFiles) -> BaseIdentity | None:
     size = unet.get("sample_size") or 64
     side = int(size[0] if isinstance(size, list) else size) * 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
     variant = _VERSIONS.get(unet.get("cross_attention_dim", 0), "custom")
-    return _identity(tensors, variant, prediction, side, tuple(missing), {"prediction_from": "its scheduler"})
+    details = {"prediction_from": "its scheduler", "license": files.license()}
+    return _identity(tensors, variant, prediction, side, tuple(missing), details)
 
 
 def identify_file(files: BaseFiles) -> BaseIdentity | None:

@@ -99,6 +99,14 @@ def test_a_folder_is_known_with_its_prediction_and_native_resolution(tiny_sd15: 
     assert "v-prediction" in velocity.label
 
 
+def test_the_license_of_a_folder_is_that_of_its_model_card(tiny_sd15: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_sd15, folder)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    licenses = [identify_base(locate_base(str(path)))[1].details["license"] for path in (tiny_sd15, folder)]
+    assert licenses == ["", "apache-2.0"]
+
+
 def test_zero_terminal_snr_and_the_rest_of_the_schedule_are_kept(tiny_sd15_v: Path) -> None:
     stored = json.loads((tiny_sd15_v / "scheduler" / "scheduler_config.json").read_text())
     assert dict(_load(tiny_sd15_v).noise_schedule) == stored

@@ -33,6 +33,31 @@ def _safetensors(path: Path, data: bytes = bytes(24), **changes: Any) -> Path:
 # ------------------------------------------------------------------------------------------------ files and folders
 
 
+@pytest.mark.parametrize(
+    ("card", "license_name"),
+    [
+        ("---\nlicense: apache-2.0\ntags:\n- art\n---\n# A model\n", "apache-2.0"),
+        ("\ufeff---\r\ntags: [x]\r\nlicense: 'mit'  # see below\r\n---\r\n", "mit"),
+        ("---\nlicense: other\nlicense_name: stability-community\nlicense_link: x\n---\n", "stability-community"),
+        ("---\nlicense: other\n---\n", "other"),
+        ("---\ntags: []\n---\nlicense: gpl\n", ""),
+        ("license: gpl\n", ""),
+        ("---\nlicense: never closed\n", ""),
+        ("", ""),
+    ],
+)
+def test_the_license_is_what_the_model_card_says(card: str, license_name: str, tmp_path: Path) -> None:
+    files = BaseFiles("folder", tmp_path, "x")
+    assert files.license() == ""
+    (tmp_path / "README.md").write_bytes(card.encode())
+    assert files.license() == license_name
+
+
+def test_a_model_card_that_is_no_text_names_no_license(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_bytes(bytes(range(256)))
+    assert BaseFiles("folder", tmp_path, "x").license() == ""
+
+
 def test_a_header_gives_names_shapes_and_metadata(tmp_path: Path) -> None:
     tensors, metadata = read_header(_safetensors(tmp_path / "a.safetensors"))
     assert tensors == {"weight": TensorInfo("F32", (2, 3))}
@@ -226,9 +251,12 @@ FILES = {
     "unet/diffusion_pytorch_model.bin": b"pickle",
     "tokenizer/tokenizer.json": b"{ }",
     "safety_checker/model.safetensors": b"unwanted",
+    "README.md": b"---\nlicense: mit\n---\n",
+    "unet/README.md": b"unwanted",
     "v1-5-pruned.safetensors": b"unwanted too",
 }
 NEEDED = {
+    "README.md",
     "model_index.json",
     "unet/config.json",
     "unet/diffusion_pytorch_model.safetensors",
@@ -299,6 +327,7 @@ def test_only_the_needed_files_are_downloaded_and_progress_counts_their_bytes(hu
     assert set(hub.fetched) == NEEDED
     assert files.kind == "folder"
     assert files.origin == REPO
+    assert files.license() == "mit"
     assert files.path.name == COMMIT
     assert (files.path / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == b"plain"
     total = sum(len(FILES[name]) for name in NEEDED)

@@ -8,6 +8,7 @@ import sys
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from PIL import Image
 from textual.widgets import Button, OptionList
 
 from lorasmith.engine.errors import BaseModelError, StorageError
+from lorasmith.engine.families import BaseIdentity, License
 from lorasmith.tui.app import LorasmithApp
 from lorasmith.tui.draft import PAGES, Draft, load_draft
 from lorasmith.tui.forms import SafeInput, SettingField, field_id
+from lorasmith.tui.screens.base_model import base_text
 from lorasmith.tui.screens.help import HelpScreen
 from lorasmith.tui.screens.too_small import TooSmall
 from lorasmith.tui.theme import limited_colors
@@ -133,6 +136,21 @@ async def test_a_base_model_that_is_refused_is_explained_and_blocks_the_start(ma
             assert words in screen_text(app)
         await go_to(pilot, "review")
         assert app.screen.query_one("#next", Button).disabled
+
+
+@pytest.mark.parametrize(
+    ("own", "line"),
+    [("apache-2.0", "License: apache-2.0 (from the model card)"), ("", "License: Usual. It may be sold.")],
+)
+def test_the_license_of_the_model_itself_is_shown_before_that_of_its_family(own: str, line: str) -> None:
+    identity = BaseIdentity("f", "A base", "v", "epsilon", 64, 5, "fp32", details={"license": own})
+    spec = SimpleNamespace(license=License("Usual", "https://example.org", "It may be sold."))
+    found: Any = SimpleNamespace(
+        family=SimpleNamespace(SPEC=spec), identity=identity, files=SimpleNamespace(origin="x", path=Path("/x"))
+    )
+    lines = [text.strip() for text in base_text(found).plain.splitlines()]
+    assert line in lines
+    assert ("https://example.org" in lines) == (not own)
 
 
 async def test_what_was_typed_for_one_kind_of_base_stays_when_another_is_chosen(make_app: MakeApp) -> None:

@@ -145,7 +145,9 @@ def base_text(found: FoundBase) -> Text:
     text.append(f"\n  {safe_str(identity.label)}" if demo else "")
     text.append(f"\n  Trained at {identity.native_resolution} pixels · {identity.parameters / 1e6:,.1f} M parameters\n")
     if demo:
-        text.append("  License: that of lorasmith, Apache-2.0. It was trained from nothing, on drawn scenes only.\n")
+        text.append("  Trained from nothing, on drawn scenes only\n")
+    if own := identity.details.get("license"):
+        text.append(f"  License: {safe_str(own)} (from the model card)\n")
     else:
         text.append(f"  License: {safe_str(spec.license.name)}. {safe_str(spec.license.consequence)}\n")
         text.append(f"  {safe_str(spec.license.url)}\n", "dim")
