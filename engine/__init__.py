@@ -1,0 +1,1 @@
+"""The engine: everything of a training run but the screen."""
