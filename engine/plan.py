@@ -91,7 +91,11 @@ class Plan:
         each = f"{self.batch_size} picture{'s' if self.batch_size > 1 else ''}"
         each += f" × {self.gradient_accumulation}" if self.gradient_accumulation > 1 else ""
         words = f"{self.steps}, each of {each}"
-        return words if self.epochs is None else f"{words}: {self.epochs:.1f} epochs of {self.steps_per_epoch:g} steps"
+        return (
+            words
+            if self.epochs is None
+            else f"{words}: {round(self.epochs, 1):g} epochs of {self.steps_per_epoch:g} steps"
+        )
 
     def _pictures_words(self) -> str:
         words = f"{self.pictures}, each seen about {self.views_per_picture:.0f} times"

@@ -162,6 +162,8 @@ def reduce(state: RunState, event: events.Event) -> RunState:
     change = _CHANGES.get(type(event))
     changes = change(state, event) if change else {}
     line = _log_line(event)
+    if isinstance(event, events.PreviewReady) and state.previews and state.previews[-1].step == event.step:
+        line = None  # one line for all pictures of a step: the log is short and the pictures are shown
     if line:
         changes["logs"] = (*state.logs[1 - LOG_LINES :], line)
     return dataclasses.replace(state, last_event_at=event.time, **changes)

@@ -50,7 +50,9 @@ def go_to_monitor(pane: TmuxPane) -> None:
     pane.wait_for("changed by you")
     pane.press("Enter")
     wait_for_page(pane, "review")
-    pane.wait_for(lambda text: "Ready to train" in text and f"{STEPS}, each of 8 pictures" in text)
+    pane.wait_for(lambda text: "Ready to train" in text and f"{STEPS}, each of " in text)
+    pane.press("NPage")
+    pane.wait_for("The same without the wizard")
     pane.press("Enter")
 
 

@@ -153,7 +153,9 @@ def base_text(found: FoundBase) -> Text:
         text.append(f"  {safe_str(spec.license.url)}\n", "dim")
     if identity.parts_missing:
         text.append(f"! Missing in these files: {safe_str(', '.join(identity.parts_missing))}\n")
-    text.append(f"  {safe_str(found.files.path)}", "dim")
+    if not demo:
+        text.append(f"  {safe_str(found.files.path)}", "dim")
+    text.rstrip()
     return text
 
 

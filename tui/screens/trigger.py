@@ -66,7 +66,9 @@ class TriggerPage(WizardPage):
         """Show problems, tokens and warnings for the word as it stands."""
         trigger = self.query_one("#trigger", SafeInput).value
         problem = next((p.message for p in self.wizard.known.problems() if p.key == "captions.trigger"), "")
-        self.query_one("#problem", Status).say(f"✗ {problem}" if problem else "")
+        shown = self.query_one("#problem", Status)
+        shown.display = bool(problem)
+        shown.say(f"✗ {problem}" if problem else "")
         self._show_tokens(trigger.strip())
         self._show_example(trigger)
         self.hint("Enter: accept · F1: how to choose a trigger")

@@ -247,7 +247,9 @@ class Preview(Painted, can_focus=True):
         grid = self._grid()
         title = [(f"step {selected.step} ({browser.step_index + 1} of {len(browser.steps)})", "strong")]
         if len(browser.pictures) > grid.columns * grid.rows:
-            title.append((f"{mark}picture {browser.prompt_index + 1} of {len(browser.pictures)}", "dim"))
+            which = f"{browser.prompt_index + 1} of {len(browser.pictures)}"
+            fits = len(title[0][0]) + len(f"{mark}picture {which}") <= width
+            title.append((f"{mark}{'picture ' if fits else ''}{which}", "dim"))
         if sum(len(text) for text, _ in title) + len(f"Previews{mark}") <= width:
             title.insert(0, (f"Previews{mark}", "strong"))
         body: list[Strip] = []

@@ -1,0 +1,174 @@
+"""Make the pictures of the README: `python screenshots/make.py [RUN_FOLDER]`.
+
+The real wizard goes through its pages on the demo base, and the real monitor replays a demo run's journal: that of
+RUN_FOLDER, else of the newest demo run in ./runs, else of a short one that is trained for the purpose.
+Paths of this machine stay out: everything runs in a neutral folder, and the run is shown from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from picture import save_png
+from textual.pilot import Pilot
+
+from lorasmith.engine.commands import Command
+from lorasmith.engine.events import Event, RunStarted, StepsDone
+from lorasmith.engine.journal import replay
+from lorasmith.engine.run_file import parse_assignments
+from lorasmith.presets import demo
+from lorasmith.tui.app import LorasmithApp
+from lorasmith.tui.draft import PAGES, Draft
+from lorasmith.tui.screens.monitor import MonitorScreen
+from lorasmith.tui.theme import THEME
+
+HERE = Path(__file__).resolve().parent
+SIZES = {"": (120, 36), "-80x24": (80, 24)}
+SMALL = ("dataset", "settings", "review", "monitor", "monitor-finished")
+"""The pictures that are also made for the smallest terminal."""
+SHOWN_SHARE = 0.7
+"""How much of the run the monitor has seen in its picture."""
+SHORT_RUN = ["train.steps=80", "previews.every=20", "schedule.warmup_steps=5"]
+
+
+class Replayed:
+    """Events of a run that is over, as if they came now."""
+
+    finished = False
+
+    def __init__(self, waiting: list[Event]) -> None:
+        self._waiting = waiting
+
+    def drain(self) -> list[Event]:
+        """Return all events at the first call."""
+        taken, self._waiting = self._waiting, []
+        return taken
+
+    def send(self, command: Command) -> None:
+        """Do nothing: the run is over."""
+
+
+def main() -> None:
+    """Make all pictures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", nargs="?", type=Path, help="folder of a demo run")
+    given = parser.parse_args().run
+    found = given.resolve() if given else newest_demo_run(Path("runs").resolve())
+    with neutral_folder() as folder:
+        run = bring(found, folder) if found else train(folder)
+        asyncio.run(take_all(list(replay(run / "journal.jsonl"))))
+
+
+def newest_demo_run(runs: Path) -> Path | None:
+    """Return the newest finished run in `runs` that `lorasmith demo` made."""
+    name = demo.settings()["run"]["name"]
+    finished = [path.parent.parent for path in runs.glob(f"{name}-*/export/{name}.safetensors")]
+    return max(finished, key=lambda path: path.stat().st_mtime, default=None)
+
+
+@contextmanager
+def neutral_folder() -> Iterator[Path]:
+    """Work in a new folder whose name may be shown, with the demo's own files and the wizard's state inside it."""
+    folder = Path(tempfile.gettempdir()).resolve() / "my-loras"
+    folder.mkdir()
+    before = Path.cwd()
+    os.environ |= {
+        "LORASMITH_STATE": str(folder / ".lorasmith"),
+        "TERM": "xterm-256color",
+        "COLORTERM": "truecolor",
+        "HF_HUB_OFFLINE": "1",
+    }
+    for name in ("NO_COLOR", "SSH_CONNECTION", "TEXTUAL_THEME"):
+        os.environ.pop(name, None)
+    try:
+        os.chdir(folder)
+        (folder / "demo").symlink_to(demo.FOLDER)
+        demo.FOLDER = Path("demo")
+        demo.BASE, demo.PICTURES, demo.REGULAR = (demo.FOLDER / part for part in ("base", "pictures", "regular"))
+        yield folder
+    finally:
+        os.chdir(before)
+        shutil.rmtree(folder)
+
+
+def bring(run: Path, folder: Path) -> Path:
+    """Copy a run into `folder`, its journal telling paths as they are there."""
+    here = folder / "runs" / run.name
+    shutil.copytree(run, here, ignore=shutil.ignore_patterns("checkpoints", "lock"))
+    journal = here / "journal.jsonl"
+    journal.write_text(journal.read_text(encoding="utf-8").replace(str(run), str(here)), encoding="utf-8")
+    return here
+
+
+def train(folder: Path) -> Path:
+    """Train the demo for a few steps and return the run's folder."""
+    from lorasmith.engine.demo_run import resolve_demo
+    from lorasmith.engine.session import Session, create_run
+
+    resolved = resolve_demo(parse_assignments(SHORT_RUN))
+    session = Session(create_run(resolved), resolved.config)
+    print(f"No demo run was found: training {SHORT_RUN[0]}", flush=True)
+    session.start()
+    session.join()
+    return session.run.path
+
+
+async def take_all(events: list[Event]) -> None:
+    """Take every picture at every size that it is made for."""
+    total = next(event.total_steps for event in events if isinstance(event, RunStarted))
+    last = next(
+        n for n, event in enumerate(events) if isinstance(event, StepsDone) and event.step >= SHOWN_SHARE * total
+    )
+    for suffix, size in SIZES.items():
+        await take_pages(suffix, size)
+        await take_monitor("monitor", suffix, size, events[: last + 1])
+        await take_monitor("monitor-finished", suffix, size, events)
+
+
+async def take_pages(suffix: str, size: tuple[int, int]) -> None:
+    """Go through the wizard's pages with Enter and take each."""
+    app = LorasmithApp(Draft())
+    async with app.run_test(size=size) as pilot:
+        for page in PAGES:
+            await settle(pilot, app)
+            take(app, page, suffix)
+            if page != "review":
+                await pilot.press("enter")
+
+
+async def take_monitor(name: str, suffix: str, size: tuple[int, int], events: list[Event]) -> None:
+    """Take the monitor after `events`."""
+    app = LorasmithApp(Draft())
+    async with app.run_test(size=size) as pilot:
+        await app.push_screen(MonitorScreen(Replayed(list(events))))
+        await pilot.pause(1.5)
+        await settle(pilot, app)
+        take(app, name, suffix)
+
+
+async def settle(pilot: Pilot[int], app: LorasmithApp) -> None:
+    """Wait until everything that is looked up is shown."""
+    await pilot.pause(0.2)
+    while app.known.looking() or app.workers._workers:
+        await asyncio.sleep(0.1)
+    await pilot.pause(0.2)
+
+
+def take(app: LorasmithApp, name: str, suffix: str) -> None:
+    """Write the picture of what `app` shows now."""
+    if suffix and name not in SMALL:
+        return
+    path = HERE / f"{name}{suffix}.png"
+    save_png(app.screen._compositor.render_strips(), path, str(THEME.foreground), str(THEME.background))
+    print(path.name, flush=True)
+
+
+if __name__ == "__main__":
+    main()
