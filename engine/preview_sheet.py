@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 SHEET_NAME = "sheet.png"
 MAX_SHEET_PIXELS = 40_000_000
 MIN_SIDE = 64
+READABLE_SIDE = 192
 MAX_COLUMNS = 8
 CAPTION_HEIGHT, GAP, FONT_SIZE = 18, 6, 12
 _PREVIEW_NAME = re.compile(r"step-(?P<step>\d{8,})_p(?P<prompt>\d+)_s(?P<seed>\d+)\.png")
@@ -33,7 +34,7 @@ def build_sheet(
     """Write a grid of pictures, each above its label, as PNG and return its path; None leaves a place empty.
 
     `target` is `sheet.png` beside the first picture by default; `columns` about the square root of their number.
-    Pictures are shrunk until the sheet has about `max_pixels`. Raises ValueError without pictures or with a different
+    Pictures are shrunk until the sheet has about `max_pixels`; tiny ones are enlarged to about `READABLE_SIDE`. Raises ValueError without pictures or with a different
     number of labels.
     """
     from PIL import Image, ImageDraw
@@ -44,7 +45,7 @@ def build_sheet(
     if not given or (labels and len(labels) != len(paths)):
         raise ValueError(f"{len(given)} pictures and {len(labels)} labels make no sheet")
     side = max(MIN_SIDE, math.isqrt(max_pixels // len(paths)))
-    pictures = {index: _shrunk(open_image(path), side) for index, path in enumerate(paths) if path is not None}
+    pictures = {index: _scaled(open_image(path), side) for index, path in enumerate(paths) if path is not None}
     columns = columns or min(MAX_COLUMNS, math.ceil(math.sqrt(len(paths))))
     width = max(picture.width for picture in pictures.values())
     height = max(picture.height for picture in pictures.values())
@@ -98,7 +99,13 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _shrunk(picture: Image.Image, side: int) -> Image.Image:
+def _scaled(picture: Image.Image, side: int) -> Image.Image:
+    """Shrink a picture to `side`, or enlarge a tiny one by a whole factor so that its label has room."""
+    from PIL.Image import Resampling
+
+    factor = READABLE_SIDE // max(picture.size)
+    if factor > 1:
+        return picture.resize((picture.width * factor, picture.height * factor), Resampling.NEAREST)
     picture.thumbnail((side, side))
     return picture
 

@@ -226,12 +226,15 @@ def test_a_sheet_shows_each_picture_above_its_label(tmp_path: Path) -> None:
     for index, color in enumerate(["red", "lime", "blue"]):
         paths.append(tmp_path / f"{index}.png")
         Image.new("RGB", (64, 64), color).save(paths[-1])
-    sheet = build_sheet(paths, ["step 100", "a label far too long for sixty-four pixels", "実験 Zoë"])
+    sheet = build_sheet(
+        paths,
+        ["step 100", "a label that is far too long for a picture of one hundred and ninety-two pixels", "実験 Zoë"],
+    )
     assert sheet == tmp_path / "sheet.png"
     with Image.open(sheet) as picture:
         assert picture.getpixel((preview_sheet.GAP + 5, preview_sheet.GAP + 5)) == (255, 0, 0)
-        assert picture.getpixel((2 * preview_sheet.GAP + 64 + 5, preview_sheet.GAP + 5)) == (0, 255, 0)
-        label = picture.crop((0, preview_sheet.GAP + 64, 64, preview_sheet.GAP + 64 + preview_sheet.CAPTION_HEIGHT))
+        assert picture.getpixel((2 * preview_sheet.GAP + 192 + 5, preview_sheet.GAP + 5)) == (0, 255, 0)
+        label = picture.crop((0, preview_sheet.GAP + 192, 192, preview_sheet.GAP + 192 + preview_sheet.CAPTION_HEIGHT))
         assert label.convert("L").getextrema()[0] < 100  # something dark was written
     with pytest.raises(ValueError, match="labels"):
         build_sheet(paths, ["one"])
@@ -245,7 +248,7 @@ def test_the_sheet_of_a_run_has_a_row_for_each_step_and_a_column_for_each_prompt
     Image.new("RGB", (64, 64)).save(tmp_path / "trigger-sheet.png")
     for _ in range(2):  # its own sheet is none of its pictures
         assert build_run_sheet(tmp_path) == tmp_path / "sheet.png"
-    across, down = 64 + preview_sheet.GAP, 64 + preview_sheet.GAP + preview_sheet.CAPTION_HEIGHT
+    across, down = 192 + preview_sheet.GAP, 192 + preview_sheet.GAP + preview_sheet.CAPTION_HEIGHT
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (3 * across + preview_sheet.GAP, 2 * down + preview_sheet.GAP)
         centers = [[sheet.getpixel((column * across + 38, row * down + 38)) for column in range(3)] for row in range(2)]
