@@ -91,17 +91,15 @@ class Plan:
         each = f"{self.batch_size} picture{'s' if self.batch_size > 1 else ''}"
         each += f" × {self.gradient_accumulation}" if self.gradient_accumulation > 1 else ""
         words = f"{self.steps}, each of {each}"
-        return (
-            words
-            if self.epochs is None
-            else f"{words}: {round(self.epochs, 1):g} epochs of {self.steps_per_epoch:g} steps"
-        )
+        if self.epochs is None:
+            return words
+        return f"{words}: {round(self.epochs, 1):g} epochs of {self.steps_per_epoch:g} steps"
 
     def _pictures_words(self) -> str:
         words = f"{self.pictures}, each seen about {self.views_per_picture:.0f} times"
         if self.regularization:
             words += f"; {self.regularization} for regularization"
-        return words + (f"; {self.refused} files refused" if self.refused else "")
+        return words + (f"; {self.refused} file{'s' if self.refused > 1 else ''} refused" if self.refused else "")
 
     def _adapter_words(self) -> str:
         if self.adapter_parameters is None or self.export_bytes is None:

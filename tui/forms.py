@@ -42,11 +42,10 @@ class SafeInput(Input):
 
     async def _on_key(self, event: events.Key) -> None:
         # At once and here: through the app's bindings, ctrl+u would come after letters that were typed behind it.
-        own = self._bindings.key_to_bindings.get(event.key, [])
-        if own and not event.is_printable:
+        own = [] if event.is_printable else self._bindings.key_to_bindings.get(event.key, [])
+        if own and await self.app.run_action(own[0].action, self):
             event.stop()
             event.prevent_default()
-            await self.run_action(own[0].action)
         elif not event.is_printable or self.check_consume_key(event.key, event.character):
             await super()._on_key(event)
         else:

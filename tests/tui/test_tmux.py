@@ -42,6 +42,8 @@ def go_to_monitor(pane: TmuxPane) -> None:
         wait_for_page(pane, name)
         if name == "dataset":
             pane.wait_for("regularization pictures ·")
+            pane.press("NPage")
+            pane.wait_for("(regularization)")
         pane.press("Enter")
     wait_for_page(pane, "settings")
     pane.press("Tab")

@@ -17,6 +17,7 @@ from textual.widgets import Button, OptionList
 
 from lorasmith.engine.errors import BaseModelError, StorageError
 from lorasmith.engine.families import BaseIdentity, License
+from lorasmith.presets import demo
 from lorasmith.tui.app import LorasmithApp
 from lorasmith.tui.draft import PAGES, Draft, load_draft
 from lorasmith.tui.forms import SafeInput, SettingField, field_id
@@ -179,7 +180,8 @@ async def test_missing_captions_are_a_question_that_must_be_answered(make_app: M
         await pilot.press("enter")
         await settle(pilot)
         shown = screen_text(app)
-        assert "4 pictures and 32 regularization pictures" in shown
+        regular = len(list(demo.REGULAR.glob("*.png")))
+        assert f"4 pictures and {regular} regularization pictures" in shown
         assert "1 without a caption: d.png" in shown
         assert "64 × 64" in shown
         assert "zqx, a red picture a" in shown
@@ -228,7 +230,7 @@ async def test_r_gives_a_field_its_recommended_value_again(make_app: MakeApp) ->
         assert "changed by you" in screen_text(app)
         await pilot.press("r")
         await pilot.pause()
-        assert _field(app, "train.steps").value == "300"
+        assert _field(app, "train.steps").value == str(demo.settings()["train"]["steps"])
         assert not app.draft.changed("train.steps")
         assert "changed by you" not in screen_text(app)
 

@@ -70,6 +70,12 @@ class DatasetPage(WizardPage):
     def _captions_decided(self, event: Choice.Changed) -> None:
         self.wizard.change("dataset.missing_captions", event.value)
 
+    def reveal(self, key: str) -> None:
+        """Move to the folder or the question that a problem is about."""
+        names = {path: f"#{name}" for name, path in FOLDERS.items()} | {"dataset.missing_captions": "#captions-choice"}
+        if key in names:
+            self.query_one(names[key]).focus()
+
     def take_typed(self) -> None:
         """Take both folders."""
         for name, key in FOLDERS.items():
