@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.engine.errors import ConfigError
-from lorasmith.engine.run_file import Layer
+from lorasmith.engine.run_file import Layer, flatten
+from lorasmith.presets import demo
 
 SMALL_BASE_SIDE = 256
 """Below this native resolution in pixels the usual bucket step of 64 would leave squares only."""
@@ -58,6 +59,13 @@ def recommend(family: str, goal: str, num_images: int, native_resolution: int, v
     steps = _steps(entries, num_images, batch)
     advice = [_advice(key, origin, entry, steps) for key, (origin, entry) in entries.items()]
     return [*_fit_base(native_resolution), *advice]
+
+
+def demo_advice() -> list[Advice]:
+    """Return the demo preset's values that have a reason."""
+    values = flatten(demo.settings())
+    source = "measured on the demo itself, see presets/demo/README.md"
+    return [Advice(key, values[key], why, source, "demo preset") for key, why in demo.reasons().items()]
 
 
 def as_layers(advice: Sequence[Advice]) -> list[Layer]:

@@ -34,8 +34,8 @@ def build_sheet(
     """Write a grid of pictures, each above its label, as PNG and return its path; None leaves a place empty.
 
     `target` is `sheet.png` beside the first picture by default; `columns` about the square root of their number.
-    Pictures are shrunk until the sheet has about `max_pixels`; tiny ones are enlarged to about `READABLE_SIDE`. Raises ValueError without pictures or with a different
-    number of labels.
+    Pictures are shrunk until the sheet has about `max_pixels`; tiny ones are enlarged to about `READABLE_SIDE`.
+    Raises ValueError without pictures or with a different number of labels.
     """
     from PIL import Image, ImageDraw
 

@@ -191,11 +191,13 @@ def recommend(
 ) -> list[Advice]:
     """Return the advised values for what is known so far.
 
-    Nothing while the base is unknown, and for the demo, whose own preset is complete.
+    Nothing while the base is unknown; for the demo, the values of its own preset.
     """
     from lorasmith.engine import advisor
 
-    if base is None or draft.is_demo:
+    if draft.is_demo:
+        return advisor.demo_advice()
+    if base is None:
         return []
     family = base.identity.family
     try:

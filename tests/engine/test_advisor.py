@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 import lorasmith.presets
-from lorasmith.engine.advisor import Advice, as_layers, goals, recommend
+from lorasmith.engine.advisor import Advice, as_layers, demo_advice, goals, recommend
+from lorasmith.engine.demo_run import resolve_demo
 from lorasmith.engine.errors import ConfigError
 from lorasmith.engine.families import families
-from lorasmith.engine.run_file import resolve_config, setting_fields
+from lorasmith.engine.run_file import flatten, resolve_config, setting_fields
 
 PRESETS = Path(next(iter(lorasmith.presets.__path__)))
 MEMORY = (None, 3.0, 6.0, 8.0, 12.0, 24.0, 139.0)
@@ -118,3 +119,10 @@ def test_advice_needs_no_torch() -> None:
     code += "; print('torch' in sys.modules)"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "False"
+
+
+def test_the_demo_says_why_for_settings_that_it_really_sets() -> None:
+    advice = demo_advice()
+    config = flatten(resolve_demo().config.model_dump())
+    assert {"train.steps", "adapter.rank", "captions.trigger"} <= {item.key for item in advice}
+    assert all(config[item.key] == item.value and item.why and item.source for item in advice)

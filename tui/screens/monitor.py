@@ -1,8 +1,8 @@
 """The running training: loss chart, gauges, previews, log, and the keys that command the run.
 
-One timer polls the events, twice a second. What a person waits for (a pause, a stage, a log line, a preview) is painted
-at once, the curve and the numbers once a second, all in one pass: the screen and the training share one interpreter, and
-each refresh costs the training up to 9 ms. The engine never waits for this screen.
+One timer polls the events, twice a second. What a person waits for (a pause, a stage, a log line, a preview) is shown
+at once, the curve and the numbers once a second, all in one pass: the screen and the training share one interpreter,
+and each refresh costs the training up to 9 ms. The engine never waits for this screen.
 """
 
 from __future__ import annotations
