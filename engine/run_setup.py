@@ -148,7 +148,7 @@ def build_training(
         )
         if should_stop():
             return None
-        family.release_encoders()
+    family.release_encoders(keep_text=train_text)
     return build_learner(family, adapter, loader, conditionings, config)
 
 

@@ -154,8 +154,8 @@ class Family(Protocol):
         """
         ...
 
-    def release_encoders(self) -> None:
-        """Drop the text encoders and the autoencoder from memory, after everything is cached."""
+    def release_encoders(self, keep_text: bool = False) -> None:
+        """Drop the autoencoder and, unless they are trained and so kept, the text encoders from memory."""
         ...
 
 

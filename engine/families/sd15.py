@@ -234,11 +234,12 @@ class StableDiffusion:
             for module in training:
                 module.training = True
 
-    def release_encoders(self) -> None:
-        """Drop the text encoder and the autoencoder from memory; `draw` loads the decoder again while it needs it."""
+    def release_encoders(self, keep_text: bool = False) -> None:
+        """Drop the autoencoder, and the text encoder too, from memory; `draw` loads the decoder while it needs it."""
         import torch
 
-        self.text_encoders.clear()
+        if not keep_text:
+            self.text_encoders.clear()
         self._vae = None
         gc.collect()
         torch.cuda.empty_cache()

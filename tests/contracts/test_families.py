@@ -258,6 +258,13 @@ def test_released_encoders_are_really_gone_and_pictures_stay_the_same(files: Bas
     assert not any(_is_autoencoder(value) for value in vars(family).values())
 
 
+def test_a_trained_text_encoder_stays_when_the_autoencoder_goes(files: BaseFiles) -> None:
+    family = _load(files)
+    family.release_encoders(keep_text=True)
+    assert family.encode_prompts(["a red circle"])
+    assert not any(_is_autoencoder(value) for value in vars(family).values())
+
+
 def _is_autoencoder(value: Any) -> bool:
     return type(value).__name__.startswith("Autoencoder")
 
