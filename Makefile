@@ -25,12 +25,16 @@ screenshots: $(READY)
 
 # torch first and at its pin: a range would take the newest build with every CUDA package.
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lorasmith needs Python 3.11 or newer")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	touch $(READY)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lorasmith needs Python 3.11 or newer")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
+	@echo "Installing PyTorch: the largest part, a download of up to some GB"
+	@$(BIN)/python -m pip install --constraint constraints.txt torch
+	@echo "Installing lorasmith and what it needs: a minute or two"
+	@mkdir -p build
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]" >build/setup.log 2>&1 || \
+		{ cat build/setup.log; exit 1; }
+	@touch $(READY)
 
 # Type checkers cannot follow the import hook of an editable install: a tree of links shows them the package names.
 build/typing/lorasmith:
