@@ -1,8 +1,8 @@
 """The running training: loss chart, gauges, previews, log, and the keys that command the run.
 
 One timer polls the events, twice a second. What a person waits for (a pause, a stage, a log line, a preview) is shown
-at once, the curve and the numbers once a second, all in one pass: the screen and the training share one interpreter,
-and each refresh costs the training up to 9 ms. The engine never waits for this screen.
+at once, the numbers once a second and the curve every other second, all in one pass: the screen and the training share
+one interpreter, and each refresh costs the training up to 9 ms. The engine never waits for this screen.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from lorasmith.tui.widgets.summary import Summary
 
 POLL_SECONDS = 0.5
 POLLS_PER_REFRESH = 2
+POLLS_PER_CHART = 4
 
 
 class MonitorScreen(Screen[None]):
@@ -120,11 +121,14 @@ class MonitorScreen(Screen[None]):
         self._unseen = self.bridge.poll() or self._unseen
         self._polls += 1
         news = self._news()
-        if news != self._news_shown or self._polls % POLLS_PER_REFRESH == 0:
+        is_new = news != self._news_shown
+        if is_new or self._polls % POLLS_PER_REFRESH == 0:
             self._news_shown = news
             if self._unseen:
                 self._forget_asked()
                 self._show_parts()
+            if is_new or self._polls % POLLS_PER_CHART == 0:
+                self._show_chart()
             self._unseen = False
             self._show_words()
         if self.over and not self._summary_shown:
@@ -163,7 +167,6 @@ class MonitorScreen(Screen[None]):
             gauge.show(reading)
         self._preview.show(state.previews)
         self._log.show(state.logs)
-        self._show_chart()
 
     def _show_chart(self) -> None:
         if not self.charts_paused:
