@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import select
 import signal
 import sys
 import time
@@ -142,8 +143,12 @@ def test_writing_to_a_full_queue_drops_frames_and_asks_for_a_repaint_when_the_te
             safe.write("x" * 20_000)
         assert time.monotonic() - begun < 1.0
         taken = 0
-        while not recovered:
-            taken += len(os.read(reader, 65536))
+        deadline = time.monotonic() + 10
+        while not recovered and time.monotonic() < deadline:
+            # The writer tells of its recovery a moment after its last byte: a plain read could wait for ever then.
+            if select.select([reader], [], [], 0.05)[0]:
+                taken += len(os.read(reader, 65536))
+        assert recovered
         assert taken < MAX_QUEUED_FRAMES * 4 * 20_000
         safe.stop()
         assert not safe.is_alive()
