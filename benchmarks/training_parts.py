@@ -10,8 +10,8 @@ import torch
 from lorasmith.engine.adapters import attach_adapter
 from lorasmith.engine.config import RunConfig
 from lorasmith.engine.dataset.buckets import BucketPlan, plan_buckets
+from lorasmith.engine.dataset.items import Dataset, ImageItem
 from lorasmith.engine.dataset.loader import Loader
-from lorasmith.engine.dataset.scan import Dataset, ImageItem
 from lorasmith.engine.families import Family, identify_base
 from lorasmith.engine.learner import Learner, build_learner
 from lorasmith.engine.run_file import Layer, resolve_config
@@ -59,11 +59,7 @@ def build(family: Family, config: RunConfig) -> tuple[Learner, Material]:
             sha256=str(index),
             width=side,
             height=side,
-            repeats=1,
-            caption=f"a picture, number {index}",
-            caption_path=None,
-            regularization=False,
-            notes=(),
+            captions=(f"a picture, number {index}",),
         )
         for index in range(NUM_PICTURES)
     )

@@ -63,25 +63,42 @@ class DatasetSettings(Section):
     """The pictures."""
 
     folder: str = ""
-    """Folder with the pictures and their captions; it is only read, never written to. Sub-folders named `10_name`
-    repeat their pictures 10 times an epoch."""
+    """Folder with the pictures and their captions, a ZIP archive of one, or a Kohya dataset file (.toml); it is only
+    read, never written to. Sub-folders named `10_name` repeat their pictures 10 times an epoch."""
+    more_folders: list[Annotated[str, Field(min_length=1)]] = []
+    """Further datasets of the same run, each like dataset.folder."""
+    weights: list[Annotated[float, Field(gt=0.0, le=100.0)]] = []
+    """How often a picture of each dataset is used beside those of the others: dataset.folder first, then
+    dataset.more_folders in order. Empty: all alike."""
     regularization_folder: str = ""
     """Folder with ordinary pictures of the same class, captioned without the trigger, that keep the LoRA from changing
     prompts without it. Empty: none."""
+    overlay: str = ""
+    """File with edited captions and left-out pictures (JSON lines), which count instead of the pictures' own caption
+    files; lorasmith writes it. Empty: none."""
     resolution: Annotated[int, Field(ge=64, le=2048, multiple_of=64)] = 512
     """Training resolution in pixels: pictures are scaled to about this many pixels squared."""
+    more_resolutions: list[Annotated[int, Field(ge=64, le=2048, multiple_of=64)]] = []
+    """Train each picture at these resolutions as well; one that would enlarge it over 1.5 times is left out."""
     buckets: bool = True
     """Keep aspect ratios by sorting pictures into buckets; off: crop all pictures to squares."""
     bucket_step: Annotated[int, Field(ge=8, le=256, multiple_of=8)] = 64
     """Bucket sides are multiples of this many pixels."""
+    crop: Literal["center", "random"] = "center"
+    """What stays of a picture that does not fit its bucket: its middle, or another part for each of its repeats."""
     repeats: Annotated[int, Field(ge=1, le=1000)] = 1
     """How often each picture is seen in an epoch, on top of a folder's own repeats."""
     flip: bool = False
     """Also train on mirrored pictures; wrong for faces, text and anything with a left and a right."""
-    missing_captions: Literal["ask", "trigger", "exclude"] = "ask"
-    """What to do with pictures that have no caption: stop and ask, use the trigger alone, or leave them out."""
-    alpha_background: Literal["white", "gray", "black"] = "white"
-    """What shows through transparent pictures."""
+    missing_captions: Literal["ask", "trigger", "filename", "folder", "exclude"] = "ask"
+    """What to do with pictures that have no caption: stop and ask, use the trigger alone, the file's name, the name in
+    a folder such as `10_name`, or leave them out."""
+    alpha_background: Literal["white", "gray", "black", "checker"] = "white"
+    """What shows through transparent pictures; `checker` is a checkerboard drawn for each picture, so that no one
+    background is learnt."""
+    masks: Literal["files", "alpha", "off"] = "files"
+    """Where masks come from that say which part of a picture is learnt (white: learn it): files (`NAME-masklabel.png`,
+    or the same name in a folder `mask` or `masks`), these and the transparency of pictures, or nowhere."""
 
 
 class CaptionSettings(Section):
@@ -95,6 +112,16 @@ class CaptionSettings(Section):
     """How many tags at the start stay in place when shuffling; the trigger always does."""
     dropout: Probability = 0.0
     """Share of captions replaced by the trigger alone, so that the trigger learns what captions leave out."""
+    tag_dropout: Probability = 0.0
+    """Share of comma-separated tags left out, anew each time; the kept ones and the trigger always stay."""
+    prefix: Annotated[str, Field(max_length=1000)] = ""
+    """Text before every caption, after the trigger."""
+    suffix: Annotated[str, Field(max_length=1000)] = ""
+    """Text after every caption."""
+    lines: Literal["join", "choose"] = "join"
+    """A caption file of several lines: one caption, or one caption a line of which each use draws one."""
+    wildcards: bool = False
+    """Draw one of the choices in `{red|green|blue}` for each use."""
 
 
 class AdapterSettings(Section):
@@ -155,6 +182,8 @@ class ObjectiveSettings(Section):
     """Adds a constant to each channel's noise so that very dark and bright pictures are learnt; 0: off."""
     prior_weight: Annotated[float, Field(ge=0.0, le=10.0)] = 1.0
     """Weight of regularization pictures in the loss."""
+    unmasked_weight: Probability = 0.1
+    """Weight of what a picture's mask leaves out in the loss; 0: it is not learnt at all."""
 
 
 class TrainSettings(Section):
@@ -253,6 +282,11 @@ def contradictions(config: RunConfig) -> list[str]:
     if not _is_file_name(config.run.name):
         problems.append(
             "run.name must be usable as a file name: no slashes or control characters, not blank, no . or .."
+        )
+    weights, folders = len(config.dataset.weights), 1 + len(config.dataset.more_folders)
+    if weights not in (0, folders):
+        problems.append(
+            f"dataset.weights has {weights} numbers for {folders} datasets; give one for each, dataset.folder first"
         )
     if config.schedule.warmup_steps >= config.train.steps:
         problems.append("schedule.warmup_steps must be smaller than train.steps, or the full rate is never reached")

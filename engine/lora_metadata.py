@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lorasmith.engine.config import CaptionSettings, RunConfig
-    from lorasmith.engine.dataset.scan import Dataset
+    from lorasmith.engine.dataset.items import Dataset
     from lorasmith.engine.families import BaseIdentity
 
 MAX_TAG_BYTES = 300_000
@@ -58,8 +58,8 @@ def dataset_facts(
     for item in dataset.items:
         name = safe_label(PurePath(item.relative).parent.name or dataset.folder.resolve().name) or "dataset"
         known = folders[item.regularization]
-        known[name] = (item.repeats, known.get(name, (0, 0))[1] + 1)
-        totals[item.regularization] += item.repeats
+        known[name] = (round(item.repeats), known.get(name, (0, 0))[1] + 1)
+        totals[item.regularization] += round(item.repeats)
         caption = compose(item.caption, captions.trigger, item.regularization)
         tags.setdefault(name, Counter()).update(tag.strip() for tag in caption.split(",") if tag.strip())
     return DatasetFacts(

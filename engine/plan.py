@@ -18,7 +18,7 @@ from lorasmith.engine.families import families
 
 if TYPE_CHECKING:
     from lorasmith.engine.config import RunConfig
-    from lorasmith.engine.dataset.scan import Dataset
+    from lorasmith.engine.dataset.items import Dataset
     from lorasmith.engine.families import BaseIdentity
     from lorasmith.engine.run_file import ResolvedConfig
     from lorasmith.engine.sources import BaseFiles
@@ -181,8 +181,8 @@ def _epochs(config: RunConfig, dataset: Dataset | None, buckets: BucketPlan | No
     batches = buckets.batches_per_epoch(config.train.batch_size)
     regularization = sum(item.regularization for item in dataset.items)
     pictures = len(dataset.items) - regularization
-    uses = sum(sample.item.repeats for sample in buckets.samples)
-    own_uses = sum(sample.item.repeats for sample in buckets.samples if not sample.item.regularization)
+    uses = sum(round(sample.item.repeats) for sample in buckets.samples)
+    own_uses = sum(round(sample.item.repeats) for sample in buckets.samples if not sample.item.regularization)
     steps_per_epoch = batches / config.train.gradient_accumulation
     epochs = config.train.steps / steps_per_epoch if batches else 0.0
     counts = (pictures, regularization, len(dataset.refused), uses, batches)
@@ -196,7 +196,7 @@ def _epochs(config: RunConfig, dataset: Dataset | None, buckets: BucketPlan | No
 def _bucket_rows(buckets: BucketPlan, batch_size: int) -> tuple[BucketRow, ...]:
     uses: dict[str, int] = {}
     for sample in buckets.samples:
-        uses[str(sample.bucket)] = uses.get(str(sample.bucket), 0) + sample.item.repeats
+        uses[str(sample.bucket)] = uses.get(str(sample.bucket), 0) + round(sample.item.repeats)
     return tuple(
         BucketRow(size, count, uses[size], math.ceil(uses[size] / batch_size))
         for size, count in buckets.counts().items()

@@ -18,8 +18,9 @@ from lorasmith.engine.config import RunConfig
 from lorasmith.engine.controls import Host, RunPaths
 from lorasmith.engine.dataset.buckets import BucketPlan, plan_buckets
 from lorasmith.engine.dataset.cache import cache_latents, cache_prompts
+from lorasmith.engine.dataset.items import Dataset
 from lorasmith.engine.dataset.loader import Loader
-from lorasmith.engine.dataset.scan import Dataset, require_captions, scan_dataset
+from lorasmith.engine.dataset.scan import require_captions, scan_dataset
 from lorasmith.engine.events import DatasetReady, Event, Logged, Progress, RunStarted, Stage, StageChanged
 from lorasmith.engine.families import BaseIdentity, Conditioning, Family, FamilyModule, identify_base
 from lorasmith.engine.learner import Learner, build_learner

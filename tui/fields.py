@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-Kind = Literal["switch", "choice", "whole", "number", "text", "texts", "wholes", "choices"]
+Kind = Literal["switch", "choice", "whole", "number", "text", "texts", "wholes", "numbers", "choices"]
 SEPARATOR = "|"
 """Between the items of a list; captions and prompts hold commas."""
 
@@ -33,7 +33,12 @@ _LABELS = {
 _PAGES = {
     "base": "base_model",
     "dataset.folder": "dataset",
+    "dataset.more_folders": "dataset",
+    "dataset.weights": "dataset",
     "dataset.regularization_folder": "dataset",
+    "dataset.overlay": "dataset",
+    "dataset.alpha_background": "dataset",
+    "dataset.masks": "dataset",
     "dataset.missing_captions": "dataset",
     "captions.trigger": "trigger",
 }
@@ -56,7 +61,8 @@ def kind_of(key: str) -> Kind:
         return "choice"
     if typing.get_origin(annotation) is list:
         item = _plain(typing.get_args(annotation)[0])
-        return "choices" if typing.get_origin(item) is Literal else "wholes" if item is int else "texts"
+        kinds: dict[Any, Kind] = {int: "wholes", float: "numbers"}
+        return "choices" if typing.get_origin(item) is Literal else kinds.get(item, "texts")
     plain: dict[Any, Kind] = {bool: "switch", int: "whole", float: "number"}
     return plain.get(annotation, "text")
 
@@ -135,17 +141,20 @@ def read_text(key: str, text: str) -> Any:
 def _convert(kind: Kind, text: str) -> Any:
     if kind == "switch":
         return text == "on"
-    if kind in ("texts", "choices", "wholes"):
+    if kind in ("texts", "choices", "wholes", "numbers"):
         items = [item.strip() for item in text.split(SEPARATOR) if item.strip()]
-        return [_whole(item) for item in items] if kind == "wholes" else items
+        read = {"wholes": _whole, "numbers": _number}.get(kind, str)
+        return [read(item) for item in items]
     if kind == "whole":
         return _whole(text)
-    if kind == "number":
-        try:
-            return float(text.replace("_", ""))
-        except ValueError:
-            raise ValueError(f"“{text}” is not a number; write it like 0.0001 or 1e-4.") from None
-    return text
+    return _number(text) if kind == "number" else text
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text.replace("_", ""))
+    except ValueError:
+        raise ValueError(f"“{text}” is not a number; write it like 0.0001 or 1e-4.") from None
 
 
 def _whole(text: str) -> int:

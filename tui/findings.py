@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lorasmith.engine.advisor import Advice
     from lorasmith.engine.config import DatasetSettings
     from lorasmith.engine.dataset.buckets import BucketPlan
-    from lorasmith.engine.dataset.scan import Dataset, ImageItem
+    from lorasmith.engine.dataset.items import Dataset, ImageItem
     from lorasmith.engine.families import BaseIdentity, FamilyModule
     from lorasmith.engine.hardware import HardwareSnapshot
     from lorasmith.engine.plan import Plan

@@ -13,7 +13,7 @@ from lorasmith.engine.run_file import Layer, resolve_config
 if TYPE_CHECKING:
     from lorasmith.engine.config import RunConfig
     from lorasmith.engine.dataset.buckets import BucketPlan
-    from lorasmith.engine.dataset.scan import Dataset, ImageItem
+    from lorasmith.engine.dataset.items import Dataset, ImageItem
     from lorasmith.engine.families import BaseIdentity, FamilyModule
     from lorasmith.engine.sources import BaseFiles
 

@@ -16,7 +16,7 @@ from lorasmith.engine.run_file import load_run_file, parse_assignments, resolve_
 
 if TYPE_CHECKING:
     from lorasmith.engine.config import BaseSettings, DatasetSettings
-    from lorasmith.engine.dataset.scan import Dataset
+    from lorasmith.engine.dataset.items import Dataset
     from lorasmith.engine.families import BaseIdentity
     from lorasmith.engine.sources import BaseFiles
 

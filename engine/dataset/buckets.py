@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from lorasmith.engine.config import DatasetSettings
-from lorasmith.engine.dataset.scan import ImageItem
+from lorasmith.engine.dataset.items import ImageItem
 from lorasmith.engine.draws import python_rng
 
 MAX_ASPECT = 4.0
@@ -64,9 +64,9 @@ class BucketPlan:
 
     def batches_per_epoch(self, batch_size: int) -> int:
         """Return the number of batches in every epoch."""
-        uses: Counter[Bucket] = Counter()
+        uses: dict[Bucket, int] = defaultdict(int)
         for sample in self.samples:
-            uses[sample.bucket] += sample.item.repeats
+            uses[sample.bucket] += round(sample.item.repeats)
         return sum(math.ceil(count / batch_size) for count in uses.values())
 
     def steps_per_epoch(self, batch_size: int, accumulation: int) -> int:
@@ -129,7 +129,7 @@ def epoch_batches(plan: BucketPlan, batch_size: int, seed: int, epoch: int, repe
     """
     groups: dict[Bucket, list[int]] = defaultdict(list)
     for sample in plan.samples:
-        groups[sample.bucket].extend([sample.index] * (sample.item.repeats * repeats))
+        groups[sample.bucket].extend([sample.index] * (round(sample.item.repeats) * repeats))
     rng = python_rng(seed, "order", epoch)
     batches: list[tuple[int, ...]] = []
     for bucket in sorted(groups):

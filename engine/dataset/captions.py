@@ -16,7 +16,7 @@ from lorasmith.engine.draws import python_rng
 from lorasmith.engine.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lorasmith.engine.dataset.scan import ImageItem
+    from lorasmith.engine.dataset.items import ImageItem
 
 PLACEHOLDER = "[trigger]"
 MAX_CAPTION_BYTES = 64_000

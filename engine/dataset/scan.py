@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,56 +17,10 @@ from lorasmith.engine.config import DatasetSettings
 from lorasmith.engine.dataset.captions import read_caption
 from lorasmith.engine.dataset.folders import CAPTION_SUFFIXES, caption_stem, folder_repeats, is_caption, list_files
 from lorasmith.engine.dataset.images import read_picture
+from lorasmith.engine.dataset.items import Dataset, ImageItem, Progress, Refusal
 from lorasmith.engine.errors import DatasetError
 
 _LISTED = 20
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class ImageItem:
-    """An accepted picture.
-
-    `relative` is its path inside the folder with `/`; regularization pictures start with their folder's name.
-    `width` and `height` are pixels after turning upright. `repeats` is how often it is used in an epoch: the folder's
-    `10_name` times `dataset.repeats`. `caption` is the text as it stands in the file, None where there is none.
-    """
-
-    path: Path
-    relative: str
-    sha256: str
-    width: int
-    height: int
-    repeats: int
-    caption: str | None
-    caption_path: Path | None
-    regularization: bool
-    notes: tuple[str, ...]
-    transparent: bool = False
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A file that is not used, and why."""
-
-    relative: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """What was found: len(items) + len(refused) == found.
-
-    `found` counts everything below the folders that is not a folder: pictures, other files, broken links, captions that
-    belong to no accepted picture; also folders that cannot be read and links to folders that were read already. Not
-    counted are the captions in use and what belongs to the system: names that start with a dot, `Thumbs.db`,
-    `desktop.ini`, `__MACOSX` and the like.
-    """
-
-    folder: Path
-    items: tuple[ImageItem, ...]
-    refused: tuple[Refusal, ...]
-    found: int
 
 
 @dataclass(frozen=True)
@@ -250,8 +204,9 @@ def _examine(candidate: _Candidate, background: str) -> ImageItem | Refusal:
         width=image.width,
         height=image.height,
         repeats=candidate.repeats,
-        caption=caption,
+        captions=() if caption is None else (caption,),
         caption_path=caption_path,
+        caption_source="none" if caption is None else "sidecar",
         regularization=candidate.regularization,
         notes=tuple(notes),
         transparent=picture.transparent,

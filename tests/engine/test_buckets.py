@@ -16,7 +16,7 @@ from PIL import Image
 
 from lorasmith.engine.config import DatasetSettings
 from lorasmith.engine.dataset.buckets import Bucket, bucket_sizes, epoch_batches, fit_picture, plan_buckets
-from lorasmith.engine.dataset.scan import ImageItem
+from lorasmith.engine.dataset.items import ImageItem
 
 sizes = st.tuples(st.integers(1, 4000), st.integers(1, 4000), st.integers(1, 4))
 resolutions = st.sampled_from([64, 256, 512, 768, 1024])
@@ -27,7 +27,16 @@ def make_item(
 ) -> ImageItem:
     name = f"{number:04}.png"
     digest = hashlib.sha256(name.encode()).hexdigest()
-    return ImageItem(Path(name), name, digest, width, height, repeats, caption, None, regularization, ())
+    return ImageItem(
+        Path(name),
+        name,
+        digest,
+        width,
+        height,
+        repeats,
+        captions=() if caption is None else (caption,),
+        regularization=regularization,
+    )
 
 
 def make_items(facts: list[tuple[int, int, int]]) -> list[ImageItem]:

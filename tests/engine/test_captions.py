@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lorasmith.engine.config import CaptionSettings
 from lorasmith.engine.dataset.captions import MAX_CAPTION_BYTES, caption_for, compose, read_caption, require_trigger
-from lorasmith.engine.dataset.scan import ImageItem
+from lorasmith.engine.dataset.items import ImageItem
 from lorasmith.engine.errors import ConfigError
 
 words = st.sampled_from(
@@ -27,7 +27,15 @@ def count(text: str, trigger: str) -> int:
 
 
 def item(caption: str | None, regularization: bool = False) -> ImageItem:
-    return ImageItem(Path("a.png"), "a.png", "00", 64, 64, 1, caption, None, regularization, ())
+    return ImageItem(
+        Path("a.png"),
+        "a.png",
+        "00",
+        64,
+        64,
+        captions=() if caption is None else (caption,),
+        regularization=regularization,
+    )
 
 
 @settings(deadline=None)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from lorasmith.engine.config import RunConfig
 from lorasmith.engine.dataset.buckets import BucketPlan, plan_buckets
+from lorasmith.engine.dataset.items import ImageItem
 from lorasmith.engine.dataset.loader import Loader
-from lorasmith.engine.dataset.scan import ImageItem
 
 
 def make_config(**sections: object) -> RunConfig:
@@ -29,10 +29,8 @@ def make_plan(config: RunConfig, repeats: list[int], regularization: int = 0) ->
             width=512 if number % 3 else 1024,
             height=512,
             repeats=count,
-            caption=f"tag{number}, a, b, c",
-            caption_path=None,
+            captions=(f"tag{number}, a, b, c",),
             regularization=number < regularization,
-            notes=(),
         )
         for number, count in enumerate(repeats)
     ]

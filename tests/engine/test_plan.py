@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from lorasmith.engine import plan as plan_module
-from lorasmith.engine.dataset.scan import Dataset, scan_dataset
+from lorasmith.engine.dataset.items import Dataset
+from lorasmith.engine.dataset.scan import scan_dataset
 from lorasmith.engine.families import BaseIdentity, identify_base
 from lorasmith.engine.plan import Plan, build_plan
 from lorasmith.engine.run_file import Layer, ResolvedConfig, resolve_config

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lorasmith.engine.config import DatasetSettings
-from lorasmith.engine.dataset.scan import Dataset, ImageItem, missing_captions, require_captions, scan_dataset
+from lorasmith.engine.dataset.items import Dataset, ImageItem
+from lorasmith.engine.dataset.scan import missing_captions, require_captions, scan_dataset
 from lorasmith.engine.errors import DatasetError
 
 

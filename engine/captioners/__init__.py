@@ -1,0 +1,1 @@
+"""Captioners: the narrow protocol, and how captioners are found."""

@@ -1,0 +1,1 @@
+"""ZIP archives as datasets, unpacked with limits into the cache."""

@@ -1,0 +1,1 @@
+"""Captions of many pictures in one file: metadata.jsonl and CSV."""

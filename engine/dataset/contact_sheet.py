@@ -1,0 +1,1 @@
+"""All pictures of a dataset on one sheet."""

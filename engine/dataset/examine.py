@@ -1,0 +1,1 @@
+"""What one picture file tells, worked out in a child process."""

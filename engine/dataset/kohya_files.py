@@ -1,0 +1,1 @@
+"""Datasets described by a Kohya TOML file."""

@@ -1,0 +1,1 @@
+"""What earlier scans found out, kept by content."""

@@ -1,0 +1,1 @@
+"""The trigger word as the tokenizers of a base model read it."""

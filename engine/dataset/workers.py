@@ -1,0 +1,1 @@
+"""Decoding in child processes with limits on memory and time."""
