@@ -141,7 +141,7 @@ def test_the_fingerprint_changes_with_everything_that_training_sees() -> None:
     item, settings = make_item(0, 512, 512), DatasetSettings()
     others = [
         [replace(item, sha256="1" * 64)],
-        [replace(item, caption="y")],
+        [replace(item, captions=("y",))],
         [replace(item, repeats=2)],
         [replace(item, regularization=True)],
         [replace(item, width=300)],
