@@ -17,11 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import platformdirs
-
 from lorasmith.engine.hardware import HardwareSnapshot, snapshot, torch_build
 from lorasmith.engine.run_log import plain_text, quiet_libraries
-from lorasmith.engine.storage import nearest_existing
+from lorasmith.engine.storage import cache_folder, nearest_existing
 
 Status = Literal["pass", "warn", "fail", "skip"]
 
@@ -68,7 +66,7 @@ def run_checks(
         ("bitsandbytes", check_bitsandbytes),
         ("memory", lambda: check_memory(machine)),
         ("output folder", lambda: check_disk("output folder", output, "run.output_folder")),
-        ("cache folder", lambda: check_disk("cache folder", _cache_folder(), "the variable LORASMITH_CACHE")),
+        ("cache folder", lambda: check_disk("cache folder", cache_folder(), "the variable LORASMITH_CACHE")),
         ("locale", check_locale),
         ("terminal", check_terminal),
         ("hub", lambda: check_hub(ask_hub)),
@@ -326,7 +324,3 @@ def _requirement(package: str) -> str:
         return f"torch=={TORCH_PIN}"
     found = [Requirement(line) for line in importlib.metadata.requires("lorasmith") or []]
     return next((f"{each.name}{each.specifier}" for each in found if each.name == package), package)
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("LORASMITH_CACHE") or platformdirs.user_cache_dir("lorasmith"))

@@ -14,6 +14,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import platformdirs
+
 from lorasmith.engine.errors import StorageError
 
 CHUNK_BYTES = 1 << 20
@@ -22,6 +24,11 @@ OPTIMIZER_BYTES: Mapping[str, float] = {"adamw": 8, "adamw8bit": 8, "adafactor":
 """State bytes for each trained number; upper bounds (8-bit AdamW keeps small tensors in 32 bits)."""
 
 EXPORT_BYTES: Mapping[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+def cache_folder() -> Path:
+    """Return the folder of everything that can be computed again: $LORASMITH_CACHE, or the user's cache folder."""
+    return Path(os.environ.get("LORASMITH_CACHE") or platformdirs.user_cache_dir("lorasmith"))
 
 
 def fsync_folder(folder: Path) -> None:

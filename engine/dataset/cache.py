@@ -20,7 +20,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import platformdirs
 import torch
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
@@ -31,6 +30,7 @@ from lorasmith.engine.dataset.buckets import Sample, fit_picture
 from lorasmith.engine.dataset.images import DECODE_VERSION, read_picture
 from lorasmith.engine.errors import DatasetError, TrainingError
 from lorasmith.engine.families import Conditioning, Family
+from lorasmith.engine.storage import cache_folder
 
 TEXT_VERSION = "1"
 """Part of every prompt's key: to be raised whenever the same prompt is encoded in another way than before."""
@@ -42,11 +42,6 @@ _log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 ShouldStop = Callable[[], bool]
 Tensors = dict[str, torch.Tensor]
-
-
-def cache_folder() -> Path:
-    """Return the folder of everything that can be computed again: $LORASMITH_CACHE, or the user's cache folder."""
-    return Path(os.environ.get("LORASMITH_CACHE") or platformdirs.user_cache_dir("lorasmith"))
 
 
 class TensorCache:

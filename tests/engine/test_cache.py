@@ -19,7 +19,6 @@ from lorasmith.engine.dataset.buckets import Sample, plan_buckets
 from lorasmith.engine.dataset.cache import (
     LatentCache,
     TextCache,
-    cache_folder,
     cache_latents,
     cache_prompts,
     latent_key,
@@ -28,6 +27,7 @@ from lorasmith.engine.dataset.cache import (
 from lorasmith.engine.dataset.scan import scan_dataset
 from lorasmith.engine.errors import DatasetError, TrainingError
 from lorasmith.engine.families import Conditioning, Family
+from lorasmith.engine.storage import cache_folder
 
 
 class FakeFamily:
