@@ -30,6 +30,16 @@ class Edit:
     by: str = PERSON
 
 
+def default_overlay(folder: Path) -> Path:
+    """Return where the edits of a dataset go by default: `NAME.captions.jsonl` in the current folder.
+
+    Where the current folder belongs to the dataset, which is only read, it is beside the dataset instead.
+    """
+    dataset = folder.resolve()
+    name = f"{dataset.name or 'dataset'}.captions.jsonl"
+    return dataset.parent / name if Path.cwd().resolve().is_relative_to(dataset) else Path(name)
+
+
 def read_overlay(path: Path) -> dict[str, Edit]:
     """Return the newest edit of each picture by its `relative` path; nothing where there is no file.
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasmith.engine.dataset.overlay import Edit, append_edits, read_overlay
+from lorasmith.engine.dataset.overlay import Edit, append_edits, default_overlay, read_overlay
 from lorasmith.engine.errors import DatasetError, StorageError
 
 names = st.text(min_size=1, max_size=20)
@@ -62,3 +62,15 @@ def test_a_missing_file_has_no_edits_and_an_unwritable_one_says_so(tmp_path: Pat
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="overlay"):
         append_edits(tmp_path / "file" / "overlay.jsonl", {"a": Edit()})
+
+
+def test_the_default_overlay_is_in_the_current_folder_and_never_in_the_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cats" / "10_cat").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert default_overlay(Path("cats")) == default_overlay(tmp_path / "cats" / ".") == Path("cats.captions.jsonl")
+    for inside in ("cats", "cats/10_cat"):
+        monkeypatch.chdir(tmp_path / inside)
+        assert default_overlay(tmp_path / "cats") == tmp_path / "cats.captions.jsonl"
+    assert default_overlay(tmp_path / "pictures.zip") == Path("pictures.zip.captions.jsonl")
