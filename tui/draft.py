@@ -6,6 +6,7 @@ the pictures, is handed in where it is needed; so going back never loses a value
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -95,7 +96,26 @@ class Draft:
         from lorasmith.engine.run_file import Layer
 
         demo = [Layer("demo preset", demo_settings())] if self.is_demo else []
-        return [*as_layers(advice), *demo, Layer("wizard", _nest(self.answers))]
+        path = self.overlay_path()
+        edits = [Layer("edited captions", {"dataset": {"overlay": str(path)}})] if path and path.exists() else []
+        return [*as_layers(advice), *demo, *edits, Layer("wizard", _nest(self.answers))]
+
+    def overlay_path(self) -> Path | None:
+        """Return where edited captions of the chosen pictures go, None while none are chosen.
+
+        It is the user's own `dataset.overlay`, else a file of these pictures beside the draft: another folder has
+        other edits, and coming back to this one finds them again.
+        """
+        if own := str(self.answers.get("dataset.overlay", "")).strip():
+            return Path(own)
+        folder = str(self.answers.get("dataset.folder", "")).strip()
+        if not folder and self.is_demo:
+            folder = str(demo_settings()["dataset"]["folder"])
+        if not folder:
+            return None
+        full = os.path.abspath(os.path.expanduser(folder))
+        digest = hashlib.sha256(full.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        return state_folder() / "captions" / f"{digest}.jsonl"
 
     def resolve(self, advice: Sequence[Advice] = ()) -> ResolvedConfig:
         """Return the checked configuration; raises ConfigError while settings contradict each other."""

@@ -122,3 +122,21 @@ def test_saving_replaces_the_file_whole_and_says_why_it_could_not(state_folder: 
     file.path = Path("/proc/nowhere/draft.json")
     file.save(Draft().to_json())
     assert file.problem
+
+
+def test_edited_captions_count_for_the_pictures_that_they_were_written_for(tmp_path: Path) -> None:
+    draft = Draft(answers={"base.model": "owner/name"})
+    assert draft.overlay_path() is None
+    draft.put("dataset.folder", str(tmp_path / "cats"))
+    path = draft.overlay_path()
+    assert path is not None and path.parent.parent == tmp_path / "state"
+    assert draft.value("dataset.overlay") == ""
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert draft.merged()["dataset.overlay"] == (str(path), "edited captions")
+    draft.put("dataset.folder", str(tmp_path / "dogs"))
+    assert draft.value("dataset.overlay") == ""
+    draft.put("dataset.folder", str(tmp_path / "dogs" / ".." / "cats"))
+    assert draft.overlay_path() == path
+    draft.put("dataset.overlay", "mine.jsonl")
+    assert draft.overlay_path() == Path("mine.jsonl")
