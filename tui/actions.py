@@ -11,7 +11,7 @@ from typing import Literal
 
 from textual.binding import Binding
 
-Place = Literal["app", "page", "settings", "review"]
+Place = Literal["app", "page", "settings", "review", "tool", "captions", "bulk", "tags", "captioner"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,32 @@ ACTIONS: tuple[UserAction, ...] = (
     UserAction("all", "settings", "a", "toggle_all", "All settings", "Show all settings, or the important ones.", True),
     UserAction("copy", "review", "y", "copy_command", "Copy", "Copy the command that trains the same.", True),
     UserAction("copy-file", "review", "t", "copy_toml", "Copy TOML", "Copy the run file.", True),
+    UserAction("close", "tool", "escape", "close", "Back", "Go back; what was edited is kept.", True),
+    UserAction("tool-help", "tool", "f1,question_mark", "help", "Help", "Explain this screen and list its keys.", True),
+    UserAction("picture-next", "captions", "pagedown,n", "picture(1)", "Next", "Keep this caption, go on.", True),
+    UserAction(
+        "picture-before", "captions", "pageup,p", "picture(-1)", "Previous", "Keep this caption, go back.", True
+    ),
+    UserAction("caption-filter", "captions", "slash", "filter", "Filter", "Find pictures by name or caption.", True),
+    UserAction("caption-show", "captions", "m", "cycle_show", "Show", "Only those missing, edited, over the limit …"),
+    UserAction("caption-keep", "captions", "ctrl+s", "keep", "Save", "Save this caption now."),
+    UserAction("caption-own", "captions", "r,ctrl+r", "own_text", "Own text", "Take the file's own caption.", True),
+    UserAction("caption-undo", "captions", "u,f8", "undo", "Undo", "Take the last saved change back.", True),
+    UserAction(
+        "caption-other", "captions", "c,f9", "other", "Next caption", "Edit the picture's next caption, if any."
+    ),
+    UserAction("caption-bulk", "captions", "b", "bulk", "Bulk edit", "Change many captions at once."),
+    UserAction("caption-tags", "captions", "t", "tags", "Tags", "Count the tags, and find pictures by them."),
+    UserAction("caption-auto", "captions", "a", "auto", "Auto-caption", "Have a model write captions."),
+    UserAction("caption-write", "captions", "w", "write", "Write to files", "Write the edits to your caption files."),
+    UserAction("bulk-apply", "bulk", "ctrl+s", "apply", "Apply", "Make the change in all captions listed.", True),
+    UserAction("bulk-undo", "bulk", "u,f8", "undo", "Undo", "Take the last change back, all of it.", True),
+    UserAction("tag-filter", "tags", "slash", "filter", "Filter", "Find tags by their letters.", True),
+    UserAction("tag-pictures", "tags", "enter", "pictures", "Pictures", "Show the pictures with this tag.", True),
+    UserAction("tag-remove", "tags", "d", "remove", "Remove", "Take this tag out of all captions; asks first.", True),
+    UserAction("tag-rename", "tags", "r", "rename", "Rename", "Give this tag another name in all captions.", True),
+    UserAction("captioner-start", "captioner", "ctrl+s", "start", "Start", "Write captions with this model.", True),
+    UserAction("captioner-stop", "captioner", "x", "stop", "Stop", "Stop after this picture; all written stay.", True),
 )
 
 

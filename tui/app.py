@@ -122,10 +122,11 @@ class LorasmithApp(App[int]):
 
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
         """Every action of the current screen, the steps, the theme and quitting."""
+        places = ("page", "settings", "review") if isinstance(screen, WizardPage) else getattr(screen, "PLACES", ())
+        for action in actions_of(*places):
+            if action.name != "step" and hasattr(screen, f"action_{action.name.partition('(')[0]}"):
+                yield SystemCommand(action.label, action.help, partial(screen.run_action, action.name))
         if isinstance(screen, WizardPage):
-            for action in actions_of("page", "settings", "review"):
-                if action.name != "step" and hasattr(screen, f"action_{action.name}"):
-                    yield SystemCommand(action.label, action.help, partial(screen.run_action, action.name))
             for name, title in PAGES.items():
                 yield SystemCommand(f"Go to step: {title}", "Show that page.", partial(self.visit, name))
         yield SystemCommand("Theme", "Change the colors.", self.action_change_theme)

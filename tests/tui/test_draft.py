@@ -129,7 +129,8 @@ def test_edited_captions_count_for_the_pictures_that_they_were_written_for(tmp_p
     assert draft.overlay_path() is None
     draft.put("dataset.folder", str(tmp_path / "cats"))
     path = draft.overlay_path()
-    assert path is not None and path.parent.parent == tmp_path / "state"
+    assert path is not None
+    assert path.parent.parent == tmp_path / "state"
     assert draft.value("dataset.overlay") == ""
     path.parent.mkdir(parents=True)
     path.touch()

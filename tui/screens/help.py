@@ -10,7 +10,7 @@ from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from lorasmith.tui.actions import actions_of
+from lorasmith.tui.actions import Place, actions_of
 from lorasmith.tui.text import safe_text
 
 
@@ -20,17 +20,18 @@ class HelpScreen(ModalScreen[None]):
     AUTO_FOCUS = "#help"
     SCROLL_KEYS: ClassVar[set[str]] = {"up", "down", "pageup", "pagedown", "home", "end"}
 
-    def __init__(self, title: str, text: str) -> None:
+    def __init__(
+        self, title: str, text: str, places: tuple[Place, ...] = ("app", "page", "settings", "review")
+    ) -> None:
+        """Explain with `text`, and list the keys of `places`."""
         super().__init__()
         self._title = title
         self._text = text
+        self._places = places
 
     def compose(self) -> ComposeResult:
         """Title, text, keys."""
-        keys = [
-            f"  {action.keys.replace(',', ' '):<18} {action.help}"
-            for action in actions_of("app", "page", "settings", "review")
-        ]
+        keys = [f"  {action.keys.replace(',', ' '):<18} {action.help}" for action in actions_of(*self._places)]
         keys += [
             "  tab shift+tab      Move between the fields of the page.",
             "  ctrl+p             Find any action by name.",
