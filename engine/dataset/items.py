@@ -95,7 +95,8 @@ class Dataset:
     `found` counts everything below the folders that is not a folder: pictures, other files, broken links, captions and
     masks that belong to no accepted picture; also folders that cannot be read and links to folders that were read
     already. Not counted are the captions, caption lists and masks in use, and the `system` files: names that start with
-    a dot, `Thumbs.db`, `desktop.ini`, `__MACOSX` and the like.
+    a dot, `Thumbs.db`, `desktop.ini`, `__MACOSX` and the like. `notes` tell of the dataset as a whole: settings that a
+    Kohya file names, list entries and edits without a picture.
     """
 
     folder: Path
@@ -103,3 +104,4 @@ class Dataset:
     refused: tuple[Refusal, ...]
     found: int
     system: int = 0
+    notes: tuple[str, ...] = ()
