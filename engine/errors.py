@@ -3,7 +3,8 @@
     LorasmithError                 what happened, why, what to do
     ├── ConfigError                a setting is unknown, of the wrong type, out of range or contradicts another
     ├── BaseModelError             the base model cannot be found, read, recognised or loaded
-    │   └── HubError               the Hub refused or could not be reached
+    │   ├── HubError               the Hub refused or could not be reached
+    │   └── CaptionerError         a captioner's model, or a package that it needs, is missing or damaged
     ├── DatasetError               the dataset is empty, unreadable or has open questions (missing captions)
     ├── HardwareError              no usable device, or not enough memory
     ├── StorageError               a path is not writable, or the disk is full
@@ -12,8 +13,8 @@
     ├── TrainingError              the loss is not finite, or an optimizer cannot go on
     └── ExportError                the written LoRA does not prove to be what was trained
 
-Exit codes of the command line: 0 done · 1 an unexpected error · 2 wrong usage · 3 settings · 4 base model · 5 dataset ·
-6 hardware · 7 storage · 8 run locked · 9 training · 10 export · 130 stopped by the user with a checkpoint saved.
+Exit codes of the command line: 0 done · 1 an unexpected error · 2 wrong usage · 3 settings · 4 base model or
+captioner · 5 dataset · 6 hardware · 7 storage · 8 run locked · 9 training · 10 export · 130 stopped by the user with a checkpoint saved.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ class BaseModelError(LorasmithError):
 
 class HubError(BaseModelError):
     """The Hub refused access or could not be reached."""
+
+
+class CaptionerError(BaseModelError):
+    """A captioner's model, or a package that it needs, is missing or damaged."""
 
 
 class DatasetError(LorasmithError):

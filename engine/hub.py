@@ -1,14 +1,15 @@
-"""Downloading base models from the Hugging Face Hub, and telling apart why it fails. Torch-free.
+"""Downloading models from the Hugging Face Hub, and telling apart why it fails. Torch-free.
 
-Only the files that a diffusers folder needs are taken: configurations, tokenizers and safetensors weights, no pickles
-and no safety checker. Tokens come from the Hub's own store or HF_TOKEN and appear in no message.
+Only the files that are needed are taken: configurations, tokenizers and safetensors weights, no pickles and no safety
+checker. Tokens come from the Hub's own store or HF_TOKEN and appear in no message.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,7 +19,7 @@ from lorasmith.engine.safetensors_header import PICKLE_FIX, PICKLE_SUFFIXES
 OnProgress = Callable[[str, int, int], None]
 """Called with (file name, bytes done, bytes in all)."""
 _SKIPPED_PARTS = {"safety_checker", "feature_extractor", "image_encoder"}
-_TEXT_SUFFIXES = (".json", ".txt", ".model")
+_TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 _PLAIN_WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _FP16_WEIGHTS = re.compile(
     r"(model|diffusion_pytorch_model)(\.fp16(-\d{5}-of-\d{5})?|-\d{5}-of-\d{5}\.fp16)\.safetensors"
@@ -32,25 +33,79 @@ def download_base(repo: str, revision: str = "main", on_progress: OnProgress | N
     Without a network a complete cached copy is used. Raises HubError with a different message for an unknown id, an
     unknown revision, a gated repository without a token, a token without access, an invalid token, and no network.
     """
+    wanted = _Wanted(repo, revision, "base.model")
+    return _reach(wanted, lambda: _download(repo, revision, on_progress), lambda: cached_folder(repo, revision))
+
+
+def download_files(
+    repo: str,
+    revision: str,
+    choose: Callable[[list[str]], list[str]],
+    is_complete: Callable[[Path], bool],
+    on_progress: OnProgress | None = None,
+) -> Path:
+    """Download the files of a captioner's repository that `choose` picks of their names, and return the folder.
+
+    Without a network a cached copy is used if `is_complete` says so. Raises HubError as `download_base` does.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    def download() -> Path:
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+        sizes = {item.rfilename: int(item.size or 0) for item in info.siblings or []}
+        folder = _fetch_all(repo, str(info.sha), choose(list(sizes)), sizes, on_progress)
+        _remember_branch(repo, revision, str(info.sha), folder)
+        return folder
+
+    def cached() -> Path | None:
+        try:
+            folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        except OSError:
+            return None
+        return folder if is_complete(folder) else None
+
+    return _reach(_Wanted(repo, revision, "the captioner's model"), download, cached)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is downloaded, and what the user calls it."""
+
+    repo: str
+    revision: str
+    setting: str
+
+
+def _reach(wanted: _Wanted, download: Callable[[], Path], cached: Callable[[], Path | None]) -> Path:
+    """Return what `download` gives, or else what is `cached` where the Hub is out of reach."""
     import httpx2
     from huggingface_hub import errors
 
     try:
-        return _download(repo, revision, on_progress)
+        return download()
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx2.TransportError, TimeoutError) as error:
-        cached = cached_folder(repo, revision)
-        if cached is not None:
-            return cached
+        folder = cached()
+        if folder is not None:
+            return folder
         # A file that the Hub refuses is reported as one that is not in the cache either.
         if isinstance(error.__cause__, errors.HfHubHTTPError):
-            raise _explain(error.__cause__, repo, revision) from None
+            raise _explain(error.__cause__, wanted) from None
         raise HubError(
-            f"The Hub cannot be reached, and {repo} is not complete in the cache.",
+            f"The Hub cannot be reached, and {wanted.repo} is not complete in the cache.",
             why="This machine is offline, or HF_HUB_OFFLINE is set.",
-            fix="Connect to the network, or set base.model to a folder or file on this machine.",
+            fix=f"Connect to the network, or set {wanted.setting} to a folder or file on this machine.",
         ) from None
     except (errors.HfHubHTTPError, errors.HFValidationError) as error:
-        raise _explain(error, repo, revision) from None
+        raise _explain(error, wanted) from None
+
+
+def needed_part_files(part: str, names: Iterable[str], repo: str) -> list[str]:
+    """Choose the configurations, tokenizer files and safetensors weights of one part; "" is the repository's root.
+
+    Plain weights are preferred to the fp16 variant. Raises BaseModelError where there are pickled weights only.
+    """
+    inside = [name for name in names if PurePosixPath(name).parent == PurePosixPath(part)]
+    return _part_files(part, inside, repo)
 
 
 def needed_files(names: Iterable[str], index: dict[str, Any], repo: str) -> list[str]:
@@ -63,8 +118,7 @@ def needed_files(names: Iterable[str], index: dict[str, Any], repo: str) -> list
     chosen = ["model_index.json", *(name for name in all_names if name == "README.md")]
     parts = [key for key, value in index.items() if isinstance(value, list) and value and value[0]]
     for part in sorted(set(parts) - _SKIPPED_PARTS):
-        inside = [name for name in all_names if PurePosixPath(name).parent == PurePosixPath(part)]
-        chosen += _part_files(part, inside, repo)
+        chosen += needed_part_files(part, all_names, repo)
     return chosen
 
 
@@ -78,7 +132,7 @@ def _part_files(part: str, inside: list[str], repo: str) -> list[str]:
     pickles = [name for name in inside if name.endswith(PICKLE_SUFFIXES)]
     if pickles and not weights:
         raise BaseModelError(
-            f"{repo} has its {part} only as a pickle, {pickles[0]}.",
+            f"{repo} has its {part or 'weights'} only as a pickle, {pickles[0]}.",
             why="Opening a pickle can run code.",
             fix=PICKLE_FIX,
         )
@@ -99,20 +153,29 @@ def _download(repo: str, revision: str, on_progress: OnProgress | None) -> Path:
             fix="Download its .safetensors file and set base.model to that path, or choose another repository.",
         )
 
-    def fetch(name: str, bar: Any = None) -> Path:
-        # The commit, not the branch: all files come from one version.
-        return Path(hf_hub_download(repo, name, revision=info.sha, tqdm_class=bar))
-
-    index = fetch("model_index.json")
+    commit = str(info.sha)
+    index = Path(hf_hub_download(repo, "model_index.json", revision=commit))
     files = needed_files(sizes, json.loads(index.read_text(encoding="utf-8")), repo)
-    total, done = sum(sizes.get(name, 0) for name in files), 0
+    _fetch_all(repo, commit, files, sizes, on_progress)
+    _remember_branch(repo, revision, commit, index.parent)
+    return index.parent
+
+
+def _fetch_all(
+    repo: str, commit: str, files: list[str], sizes: Mapping[str, int], on_progress: OnProgress | None
+) -> Path:
+    """Download `files` of one commit, not of a branch that may move in between, and return their folder."""
+    from huggingface_hub import hf_hub_download
+
+    total, done, folder = sum(sizes.get(name, 0) for name in files), 0, Path()
     for name in files:
-        fetch(name, _silent_bar(on_progress, name, done, total))
+        bar = _silent_bar(on_progress, name, done, total)
+        path = Path(hf_hub_download(repo, name, revision=commit, tqdm_class=bar))
+        folder = path.parents[name.count("/")]
         done += sizes.get(name, 0)
         if on_progress is not None:
             on_progress(name, done, total)
-    _remember_branch(repo, revision, str(info.sha), index.parent)
-    return index.parent
+    return folder
 
 
 def _remember_branch(repo: str, revision: str, commit: str, snapshot: Path) -> None:
@@ -162,21 +225,22 @@ def _is_complete(part: Path) -> bool:
     return any(name.endswith(".safetensors") for name in names) and all(len(shards) >= count for count in counts)
 
 
-def _explain(error: Exception, repo: str, revision: str) -> HubError:
+def _explain(error: Exception, wanted: _Wanted) -> HubError:
     from huggingface_hub import errors, get_token
 
+    repo, setting = wanted.repo, wanted.setting
     page = f"https://huggingface.co/{repo}"
     has_token = get_token() is not None
     status = getattr(getattr(error, "response", None), "status_code", 0)
     if isinstance(error, errors.GatedRepoError):
         return _gated(repo, page, has_token)
     if isinstance(error, errors.RevisionNotFoundError):
-        return HubError(f"{repo} has no revision {revision}.", fix="Check base.revision; main is the usual one.")
+        return HubError(f"{repo} has no revision {wanted.revision}.", fix=f"Check the revision of {setting}; main is the usual one.")
     if isinstance(error, errors.RepositoryNotFoundError):
         why = "There is no such repository, or it is private and your token may not read it."
         if not has_token:
             why = "There is no such repository, or it is private: no Hub token is set."
-        return HubError(f"The Hub does not know {repo}.", why=why, fix="Check base.model for a typing error.")
+        return HubError(f"The Hub does not know {repo}.", why=why, fix=f"Check {setting} for a typing error.")
     if isinstance(error, errors.HFValidationError):
         return HubError(f"{repo} is no Hub id.", fix="Write it as owner/name.")
     if status == 401:
