@@ -7,21 +7,35 @@ import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasmith.engine.storage import atomic_write
 
 if TYPE_CHECKING:
-    from PIL import Image, ImageFont
+    from PIL import Image, ImageDraw, ImageFont
 
 SHEET_NAME = "sheet.png"
 MAX_SHEET_PIXELS = 40_000_000
 MIN_SIDE = 64
 READABLE_SIDE = 192
 MAX_COLUMNS = 8
-CAPTION_HEIGHT, GAP, FONT_SIZE = 18, 6, 12
+CAPTION_HEIGHT, LINE_HEIGHT, GAP, FONT_SIZE = 18, 15, 6, 12
 _PREVIEW_NAME = re.compile(r"step-(?P<step>\d{8,})_p(?P<prompt>\d+)_s(?P<seed>\d+)\.png")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A place on a sheet: a picture at its size there, or the `reason` why there is none, above `lines` of text.
+
+    The first line is a name; further ones, in red, say what is wrong.
+    """
+
+    picture: Image.Image | None
+    lines: tuple[str, ...] = ()
+    reason: str = ""
 
 
 def build_sheet(
@@ -37,31 +51,45 @@ def build_sheet(
     Pictures are shrunk until the sheet has about `max_pixels`; tiny ones are enlarged to about `READABLE_SIDE`.
     Raises ValueError without pictures or with a different number of labels.
     """
-    from PIL import Image, ImageDraw
-
     from lorasmith.engine.dataset.images import open_image
 
     given = [path for path in paths if path is not None]
     if not given or (labels and len(labels) != len(paths)):
         raise ValueError(f"{len(given)} pictures and {len(labels)} labels make no sheet")
     side = max(MIN_SIDE, math.isqrt(max_pixels // len(paths)))
-    pictures = {index: _scaled(open_image(path), side) for index, path in enumerate(paths) if path is not None}
-    columns = columns or min(MAX_COLUMNS, math.ceil(math.sqrt(len(paths))))
-    width = max(picture.width for picture in pictures.values())
-    height = max(picture.height for picture in pictures.values())
-    row_height = height + (CAPTION_HEIGHT if labels else 0)
-    rows = math.ceil(len(paths) / columns)
-    size = (columns * (width + GAP) + GAP, rows * (row_height + GAP) + GAP)
-    sheet = Image.new("RGB", size, "white")
-    pen, font = ImageDraw.Draw(sheet), _label_font()
-    for index, picture in pictures.items():
-        x, y = GAP + index % columns * (width + GAP), GAP + index // columns * (row_height + GAP)
-        sheet.paste(picture, (x, y))
-        if labels:
-            pen.text((x, y + height + 2), _fitting(_drawable(labels[index]), font, width), fill="black", font=font)
+    cells: list[Cell] = []
+    for index, path in enumerate(paths):
+        picture = None if path is None else scaled(open_image(path), side)
+        cells.append(Cell(picture, (labels[index],) if labels and path is not None else ()))
     target = target or given[0].parent / SHEET_NAME
-    atomic_write(target, png_bytes(sheet, {}))
+    atomic_write(target, png_bytes(draw_sheet(cells, columns), {}))
     return target
+
+
+def draw_sheet(cells: Sequence[Cell], columns: int | None = None) -> Image.Image:
+    """Return the cells as a grid of `columns`, by default about the square root of their number."""
+    from PIL import Image, ImageDraw
+
+    columns = columns or min(MAX_COLUMNS, math.ceil(math.sqrt(len(cells))))
+    width = max((cell.picture.width for cell in cells if cell.picture is not None), default=READABLE_SIDE)
+    height = max((cell.picture.height for cell in cells if cell.picture is not None), default=READABLE_SIDE)
+    lines = max(len(cell.lines) for cell in cells)
+    row_height = height + lines * LINE_HEIGHT + (CAPTION_HEIGHT - LINE_HEIGHT if lines else 0)
+    size = (columns * (width + GAP) + GAP, math.ceil(len(cells) / columns) * (row_height + GAP) + GAP)
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    for index, cell in enumerate(cells):
+        x, y = GAP + index % columns * (width + GAP), GAP + index // columns * (row_height + GAP)
+        if cell.picture is not None:
+            sheet.paste(cell.picture, (x, y))
+        elif cell.reason:
+            pen.rectangle((x, y, x + width - 1, y + height - 1), outline="#b00000")
+            _write_wrapped(pen, cell.reason, (x + GAP, y + GAP), width - 2 * GAP)
+        for number, line in enumerate(cell.lines):
+            color = "black" if number == 0 else "#b00000"
+            text = _fitting(_drawable(line), _label_font(), width)
+            pen.text((x, y + height + 2 + number * LINE_HEIGHT), text, fill=color, font=_label_font())
+    return sheet
 
 
 def build_run_sheet(folder: Path) -> Path | None:
@@ -99,7 +127,7 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _scaled(picture: Image.Image, side: int) -> Image.Image:
+def scaled(picture: Image.Image, side: int) -> Image.Image:
     """Shrink a picture to `side`, or enlarge a tiny one by a whole factor so that its label has room."""
     from PIL.Image import Resampling
 
@@ -110,6 +138,21 @@ def _scaled(picture: Image.Image, side: int) -> Image.Image:
     return picture
 
 
+def _write_wrapped(pen: ImageDraw.ImageDraw, text: str, corner: tuple[int, int], width: int) -> None:
+    """Write a text in as many lines as it takes, at most eight."""
+    font, words = _label_font(), _drawable(text).split()
+    lines = [""]
+    for word in words:
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    for number, line in enumerate(lines[:8]):
+        pen.text((corner[0], corner[1] + number * LINE_HEIGHT), _fitting(line, font, width), fill="#b00000", font=font)
+
+
+@cache
 def _label_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     from PIL import ImageFont
 
