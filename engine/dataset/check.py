@@ -1,1 +1,75 @@
-"""Everything that a check of a dataset finds, in the order of its weight."""
+"""Everything that is to be said of a dataset before a run: the worst first, each with what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorasmith.engine.config import RunConfig
+from lorasmith.engine.dataset.buckets import BucketPlan
+from lorasmith.engine.dataset.check_amount import check_amount
+from lorasmith.engine.dataset.check_captions import CaptionStatistics, caption_statistics, check_captions
+from lorasmith.engine.dataset.check_characters import check_characters
+from lorasmith.engine.dataset.check_duplicates import check_duplicates
+from lorasmith.engine.dataset.check_pictures import check_pictures
+from lorasmith.engine.dataset.check_trigger_use import check_trigger_use
+from lorasmith.engine.dataset.check_wording import check_wording
+from lorasmith.engine.dataset.findings import SEVERITIES, CheckContext, Finding
+from lorasmith.engine.dataset.items import Dataset
+from lorasmith.engine.dataset.trained_triggers import find_other_triggers
+from lorasmith.engine.dataset.triggers import check_trigger
+from lorasmith.engine.families import FamilySpec
+
+__all__ = ["CaptionStatistics", "build_context", "caption_statistics", "check_dataset"]
+MAX_SANE_LIMIT = 100_000
+"""Tokenizers without a limit of their own state an enormous one."""
+
+
+def build_context(
+    config: RunConfig,
+    *,
+    spec: FamilySpec | None = None,
+    label: str = "",
+    tokenizers: Sequence[Any] = (),
+    goal: str = "",
+    other_triggers: Mapping[str, str] | None = None,
+) -> CheckContext:
+    """Collect what a dataset is checked for; reads the triggers of earlier runs in `run.output_folder` if none come.
+
+    `spec` and `label` are those of the base, where it is known. The token limit is the smallest of the family's and
+    of the tokenizers' own.
+    """
+    if other_triggers is None:
+        other_triggers = find_other_triggers(Path(config.run.output_folder), own=config)
+    limits = [spec.token_limit] if spec is not None and spec.token_limit else []
+    own = [int(getattr(tokenizer, "model_max_length", 0)) for tokenizer in tokenizers]
+    limits += [limit for limit in own if 0 < limit < MAX_SANE_LIMIT]
+    return CheckContext(
+        config,
+        base_label=label or (spec.label if spec is not None else ""),
+        caption_style=spec.caption_style if spec is not None else "",
+        token_limit=min(limits, default=0),
+        tokenizers=tokenizers,
+        pixel_multiple=spec.pixel_multiple if spec is not None else 8,
+        goal=goal,
+        other_triggers=other_triggers,
+    )
+
+
+def check_dataset(dataset: Dataset, plan: BucketPlan, context: CheckContext) -> list[Finding]:
+    """Return everything found about a scanned dataset: errors first, then warnings, then notes.
+
+    `plan` is that of the pictures that would be used. The same dataset gives the same findings in the same order.
+    """
+    findings = [
+        *check_captions(dataset, context),
+        *check_duplicates(dataset, plan, context),
+        *check_pictures(dataset, plan, context),
+        *check_amount(dataset, plan, context),
+        *check_characters(dataset, context),
+        *check_wording(dataset, context),
+        *check_trigger(context.config.captions.trigger, context.tokenizers, context.other_triggers),
+        *check_trigger_use(dataset, context),
+    ]
+    return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))

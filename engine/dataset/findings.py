@@ -64,3 +64,8 @@ class CheckContext:
     pixel_multiple: int = 8
     goal: str = ""
     other_triggers: Mapping[str, str] = field(default_factory=dict)
+
+
+def counted(count: int, one: str, many: str) -> str:
+    """Return a count with the words that fit it: counted(2, "picture is", "pictures are") is "2 pictures are"."""
+    return f"{count:,} {one if count == 1 else many}"

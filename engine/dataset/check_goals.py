@@ -1,0 +1,76 @@
+"""What a goal asks of a dataset: how many pictures, and what must and must not be in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a goal of the presets asks of its pictures.
+
+    `few` is the smallest number that the guides name for it, `usual` their range, `many` more than one LoRA of the
+    usual size takes in. `blurs`, `uniform` and `shared` end sentences about what blur, sameness and a tag in every
+    caption do.
+    """
+
+    what: str
+    few: int
+    usual: tuple[int, int]
+    many: int
+    blurs: str
+    uniform: str
+    shared: str
+
+
+_CHARACTER = Aim(
+    "a character",
+    few=10,  # "Train an Image LoRA Locally (2026)": "a character LoRA can train on as few as 10 good images"
+    usual=(15, 30),  # "LoRA for Image Generation" guide: "Characters need 15-30 varied poses and lighting"
+    many=200,  # a judgement
+    blurs="the character comes out soft, faces first",
+    uniform="the pose, the light or the background that all share is drawn whenever the trigger is",
+    shared="what it says of the character stays bound to those words, and the trigger alone does not bring it",
+)
+_STYLE = Aim(
+    "a style",
+    few=15,  # seeds 001: "a style LoRA usually wants 15-30 to capture range"
+    usual=(30, 50),  # seeds 002: "styles need 30-50 mood-consistent images"
+    many=1000,  # a judgement
+    blurs="blur becomes part of the style",
+    uniform="what all show is learnt as if it were the style, and is drawn with it",
+    shared="the style stays bound to those words, and the trigger alone does not bring it",
+)
+_OBJECT = Aim(
+    "an object",
+    few=10,  # a judgement; seeds 001 name 15-25 for products
+    usual=(15, 25),  # seeds 001: "15-25 clean shots of the product", from several angles
+    many=200,  # a judgement
+    blurs="the object comes out without its fine parts and lettering",
+    uniform="the angle and the background that all share are drawn whenever the trigger is",
+    shared="what it says of the object stays bound to those words, and the trigger alone does not bring it",
+)
+_CONCEPT = Aim(
+    "a concept",
+    few=15,  # a judgement: as for a style, since what varies has to be shown
+    usual=(20, 50),  # a judgement
+    many=500,  # a judgement
+    blurs="blur becomes part of the concept",
+    uniform="what all share besides the concept is learnt as part of it",
+    shared="the concept stays bound to those words, and the trigger alone does not bring it",
+)
+_ANY = Aim(
+    "a LoRA",
+    few=10,  # the smallest of the above
+    usual=(15, 50),  # seeds 002: "15-50 high-quality images of your subject or style"
+    many=1000,  # the largest of the above
+    blurs="what is learnt comes out soft",
+    uniform="what all share is learnt as part of the concept",
+    shared="what it says stays bound to those words, and the trigger alone does not bring it",
+)
+_AIMS = {"character": _CHARACTER, "style": _STYLE, "object": _OBJECT, "product": _OBJECT, "concept": _CONCEPT}
+
+
+def aim_of(goal: str) -> Aim:
+    """Return what a goal asks for; an unknown one, and "", ask for what all have in common."""
+    return _AIMS.get(goal, _ANY)
