@@ -51,7 +51,8 @@ class ImageItem:
     pictures start with their folder's name. `width` and `height` are pixels after turning upright. `repeats` is how
     often it is used in an epoch: the folder's `10_name` times `dataset.repeats` times the dataset's weight; 1.5 means
     once, and in half of the epochs once more. `captions` are the texts as they stand in its source, one or several of
-    equal right; empty where there is none. `mask_path` is the file of its mask, `mask_sha256` that file's hash.
+    equal right; empty where there is none. `mask_path` is the file of its mask, `mask_sha256` that file's hash,
+    `mask_share` how white it is on average, 0..1 (None: not known).
     `dataset` counts the run's datasets from 0; `class_name` is the `name` of its `10_name` folder.
     """
 
@@ -71,6 +72,7 @@ class ImageItem:
     measures: Measures | None = None
     mask_path: Path | None = None
     mask_sha256: str = ""
+    mask_share: float | None = None
     dataset: int = 0
     class_name: str = ""
 
