@@ -1,6 +1,6 @@
 """Opening a picture: the one place that decodes pictures, so that every user of one sees the same pixels.
 
-The order: decode fully → turn upright (EXIF) → 8 bits → color profile to sRGB → transparency onto a background → RGB.
+The order: decode fully → 8 bits → turn upright (EXIF) → color profile to sRGB → transparency onto a background → RGB.
 A file from outside may hold anything; every reason not to use it becomes a DatasetError that names the file.
 """
 
@@ -12,21 +12,25 @@ import stat
 import struct
 import threading
 import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from io import BufferedReader, BytesIO
+from io import BufferedReader
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
+from PIL import AvifImagePlugin, Image, ImageCms, ImageFile, UnidentifiedImageError
 
+from lorasmith.engine.dataset.colors import DEEP_NOTE, lay_on, reduce_picture, split_alpha, to_srgb
 from lorasmith.engine.errors import DatasetError
 
-DECODE_VERSION = "1"
+DECODE_VERSION = "2"
 """Part of every cache key: to be raised whenever the same file gives other pixels than before."""
 MAX_PIXELS = 200_000_000
 """Pictures with more pixels are refused: a small file can unpack to more than the machine's memory."""
+MAX_FILE_BYTES = 2 << 30
+"""Larger files are refused: some decoders read all of a file before they look at it."""
+HALF_SIZE_PIXELS = 100_000_000
+"""JPEG files with more pixels are decoded at half their size, which libjpeg does without the memory for all of them."""
 NOT_A_PICTURE = "not a picture"
 
 # Pillow warns above this and raises above twice this; pictures in between are refused here without the difference.
@@ -35,13 +39,14 @@ Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 # Only formats that are recognised by their first bytes and decoded inside Pillow: EPS, for one, starts Ghostscript.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "QOI")
 _SAME_FORMAT = {"MPO": "JPEG", "DIB": "BMP"}
+_PLUGIN_SUFFIXES = {".heic": "HEIF", ".heif": "HEIF", ".hif": "HEIF", ".jxl": "JXL"}
+_PLUGIN_PACKAGES = {"HEIF": "pillow-heif", "JXL": "pillow-jxl-plugin"}
 # fmt: off
 _OTHER_PICTURES = frozenset((
-    ".heic", ".heif", ".jxl", ".psd", ".psb", ".xcf", ".kra", ".tga", ".svg", ".eps", ".ico", ".exr", ".hdr", ".dds",
+    ".psd", ".psb", ".xcf", ".kra", ".tga", ".svg", ".eps", ".ico", ".exr", ".hdr", ".dds",
     ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2",
 ))
 # fmt: on
-_BACKGROUNDS = {"white": (255, 255, 255), "gray": (128, 128, 128), "black": (0, 0, 0)}
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -58,23 +63,38 @@ _FILE_ERRORS = (
     EOFError, RuntimeError, BufferError, AssertionError, struct.error, zlib.error, ImageCms.PyCMSError,
     Image.DecompressionBombError, Warning,
 )  # fmt: skip
+_REASON_LENGTH = 200
+# There is a picture being decoded for each core already.
+_DECODE_THREADS = 1
 # One huge picture needs gigabytes while it is decoded; several at once would need as many times more.
 _HUGE_PIXELS = 40_000_000
 _one_huge_picture = threading.Lock()
 
+Admit = Callable[[Image.Image], None]
+"""Called with the opened picture before it is decoded; what it raises comes out of the reading function."""
+
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded picture: RGB pixels, the file's sha256, whether any pixel was transparent, remarks for the user."""
+    """A decoded picture.
+
+    `image` is upright RGB in sRGB; `full_size` its width and height before `longest` reduced it. `transparent` says
+    whether some pixel is; then `alpha` is the transparency (`L`, 0 where nothing shows, the size of `image`). `format`
+    is Pillow's name of the file's kind, `jpeg_tables` the quantization tables of a JPEG file in rows, by their number.
+    """
 
     image: Image.Image
     sha256: str
     transparent: bool
     notes: tuple[str, ...]
+    format: str
+    alpha: Image.Image | None
+    full_size: tuple[int, int]
+    jpeg_tables: dict[int, list[int]] | None = None
 
 
 def open_image(path: Path, background: str = "white") -> Image.Image:
-    """Return the picture as upright RGB in sRGB, transparency laid on `background` (white, gray or black).
+    """Return the picture as upright RGB in sRGB, transparency laid on `background` (white, gray, black or checker).
 
     Raises DatasetError whose `why` is the reason.
     """
@@ -82,20 +102,36 @@ def open_image(path: Path, background: str = "white") -> Image.Image:
     return image.copy() if isinstance(image, ImageFile.ImageFile) else image  # a copy has no tie to the file
 
 
-def read_picture(path: Path, background: str = "white") -> Picture:
+def read_picture(
+    path: Path, background: str = "white", *, longest: int | None = None, admit: Admit | None = None
+) -> Picture:
     """Return what `open_image` returns, with the file's hash and remarks.
+
+    With `longest` the picture is decoded completely all the same, and then made smaller by a whole factor, so that its
+    longer side keeps at least that many pixels: colors are then converted in a fraction of the time. Raises
+    DatasetError whose `why` is the reason.
+    """
+    with _explained(path), path.open("rb") as file:
+        picture = _open(file, path.suffix.lower())
+        if admit is not None:
+            admit(picture)
+        with _one_huge_picture if picture.width * picture.height > _HUGE_PIXELS else contextlib.nullcontext():
+            return _finish(picture, file, path.suffix.lower(), background, longest)
+
+
+def read_mask(path: Path) -> Image.Image:
+    """Return a mask as upright `L` pixels, white where the picture is to be learnt; transparent parts count as black.
 
     Raises DatasetError whose `why` is the reason.
     """
+    return read_picture(path, "black").image.convert("L")
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
     try:
         _refuse_special_file(path)
-        with path.open("rb") as file:
-            picture = Image.open(file, formats=_known_formats())
-            pixels = picture.width * picture.height
-            if pixels > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            with _one_huge_picture if pixels > _HUGE_PIXELS else contextlib.nullcontext():
-                return _finish(picture, file, path.suffix.lower(), background)
+        yield
     except DatasetError:
         raise
     except _FILE_ERRORS as error:
@@ -110,6 +146,8 @@ def _refuse_special_file(path: Path) -> None:
         raise _refusal(path, "not an ordinary file")
     if status.st_size == 0:
         raise _refusal(path, "the file is empty")
+    if status.st_size > MAX_FILE_BYTES:
+        raise _refusal(path, f"larger than {MAX_FILE_BYTES >> 30} GiB")
 
 
 def _refusal(path: Path, reason: str) -> DatasetError:
@@ -120,130 +158,121 @@ def _reason(error: BaseException, suffix: str) -> str:
     if isinstance(error, UnidentifiedImageError):
         if suffix in _OTHER_PICTURES:
             return f"{suffix[1:].upper()} files cannot be read here; convert it to PNG or JPEG"
-        return f"damaged, or no real {suffix} file" if suffix in Image.registered_extensions() else NOT_A_PICTURE
+        known = suffix in Image.registered_extensions() or suffix in _PLUGIN_SUFFIXES
+        return f"damaged, or no real {suffix} file" if known else NOT_A_PICTURE
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"larger than {MAX_PIXELS // 1_000_000} megapixels"
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"
     if isinstance(error, OSError) and error.errno is not None:
         return error.strerror or str(error)
-    return f"damaged: {error}" if str(error) else f"damaged ({type(error).__name__})"
+    return f"damaged: {str(error)[:_REASON_LENGTH]}" if str(error) else f"damaged ({type(error).__name__})"
 
 
 @cache
 def _known_formats() -> tuple[str, ...]:
     Image.init()
+    AvifImagePlugin.DEFAULT_MAX_THREADS = _DECODE_THREADS
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _finish(picture: Image.Image, file: BufferedReader, suffix: str, background: str) -> Picture:
+def _open(file: BufferedReader, suffix: str) -> Image.Image:
+    head = file.read(64)
+    file.seek(0)
+    plugin = _needed_plugin(head)
+    if plugin and not _load_plugin(plugin):
+        raise DatasetError(
+            f"{file.name} cannot be used.",
+            why=f"{suffix[1:].upper() or plugin} files need one more package: pip install {_PLUGIN_PACKAGES[plugin]}",
+        )
+    picture = Image.open(file, formats=(plugin,) if plugin else _known_formats())
+    if picture.width * picture.height > MAX_PIXELS:
+        raise Image.DecompressionBombError
+    return picture
+
+
+def _needed_plugin(head: bytes) -> str:
+    """Return the format that a file starting with `head` has and Pillow lacks, or nothing."""
+    if head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")):  # ISO/IEC 18181: bare codestream, container
+        return "JXL"
+    if head[4:8] == b"ftyp" and not any(brand in head[8:] for brand in (b"avif", b"avis")):
+        return "HEIF" if head[8:12] in (b"mif1", b"msf1") or head[8:11] in (b"hei", b"hev") else ""
+    return ""
+
+
+@cache
+def _load_plugin(name: str) -> bool:
+    Image.init()
+    try:
+        if name == "HEIF":
+            import pillow_heif
+
+            pillow_heif.register_heif_opener(
+                thumbnails=False, depth_images=False, aux_images=False, decode_threads=_DECODE_THREADS
+            )
+        else:
+            from pillow_jxl import JpegXLImagePlugin  # registers itself
+
+            JpegXLImagePlugin.DECODE_THREADS = _DECODE_THREADS
+    except ImportError:
+        return False
+    return name in Image.OPEN
+
+
+def _finish(picture: Image.Image, file: BufferedReader, suffix: str, background: str, longest: int | None) -> Picture:
     notes = _format_notes(picture, suffix)
+    kind = picture.format or ""
+    tables = getattr(picture, "quantization", None)
     picture.load()
-    upright = _turn_upright(picture, notes)
+    turn = _turn(picture, notes)
     profile = picture.info.get("icc_profile")
-    colors, alpha = _split_alpha(upright, notes)
-    image = _to_srgb(colors, profile, notes)
-    if alpha is not None:
-        notes.append(f"transparent: laid on {background}")
-        backdrop = Image.new("RGB", image.size, _BACKGROUNDS[background])
-        image = Image.composite(image, backdrop, alpha)
+    width, height = picture.size
+    factor = 1 if longest is None else max(1, max(width, height) // longest)
+    colors, alpha = reduce_picture(*split_alpha(picture, notes), factor)
+    if turn is not None:
+        colors, alpha = colors.transpose(turn), alpha and alpha.transpose(turn)
+        width, height = (height, width) if turn in (_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8]) else (width, height)
+    image = to_srgb(colors, profile, notes)
     file.seek(0)
     digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if alpha is not None:
+        notes.append("partly transparent")
+        image = lay_on(image, alpha, background, digest)
     image.info = {}  # the file's metadata must reach neither previews nor exports
-    return Picture(image, digest, alpha is not None, tuple(notes))
+    kind = _SAME_FORMAT.get(kind, kind)
+    return Picture(image, digest, alpha is not None, tuple(notes), kind, alpha, (width, height), tables)
 
 
 def _format_notes(picture: Image.Image, suffix: str) -> list[str]:
+    """Return remarks about the file, and have a huge JPEG decoded at half its size."""
     notes = []
     kind = picture.format or ""
     kind = _SAME_FORMAT.get(kind, kind)
-    named = Image.registered_extensions().get(suffix, "")
+    named = _PLUGIN_SUFFIXES.get(suffix) or Image.registered_extensions().get(suffix, "")
     if _SAME_FORMAT.get(named, named) != kind:
         notes.append(f"named {suffix or 'without extension'}, but is a {kind} file")
-    frames = getattr(picture, "n_frames", 1)
-    if frames > 1 and picture.format != "MPO":  # an MPO is a JPEG with a second view for 3-D or a thumbnail
-        notes.append(f"only the first of its {frames} frames is used")
+    # Not the number of frames: counting those of a GIF means to read all of it.
+    if getattr(picture, "is_animated", False) and picture.format != "MPO":  # an MPO's second picture is for 3-D
+        notes.append("only the first of its frames is used")
+    deep = any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ()))
+    if picture.mode in ("RGB", "RGBA", "CMYK", "LAB") and (deep or picture.info.get("bit_depth", 8) > 8):
+        notes.append(DEEP_NOTE)
+    if kind == "JPEG" and picture.width * picture.height > HALF_SIZE_PIXELS:
+        picture.draft(picture.mode, (picture.width // 2, picture.height // 2))
+        notes.append(f"over {HALF_SIZE_PIXELS // 1_000_000} megapixels: read at half its size")
     return notes
 
 
-def _turn_upright(picture: Image.Image, notes: list[str]) -> Image.Image:
-    # After load(): Pillow turns TIFF files by itself, and then drops the tag.
+def _turn(picture: Image.Image, notes: list[str]) -> Image.Transpose | None:
+    # After load(): Pillow turns TIFF files by itself, and then drops the tag. JPEG XL is turned by its decoder, and its
+    # EXIF orientation has no say (ISO/IEC 18181-2), except for a JPEG packed into one, which comes out as it was.
+    if picture.format == "JXL" and not getattr(picture, "jpeg", False):
+        return None
     try:
         turn = _TURNS.get(picture.getexif().get(_EXIF_ORIENTATION, 1))
     except _FILE_ERRORS:
         notes.append("its EXIF data is damaged and was ignored")
-        return picture
-    if turn is None:
-        return picture
-    notes.append("turned upright as its EXIF data says")
-    return picture.transpose(turn)
-
-
-def _split_alpha(picture: Image.Image, notes: list[str]) -> tuple[Image.Image, Image.Image | None]:
-    """Return the colors with 8 bits a channel, and the alpha channel where some pixel is transparent."""
-    alpha: Image.Image | None = None
-    if picture.mode in ("I", "F") or picture.mode.startswith("I;"):
-        notes.append("more than 8 bits a channel: reduced to 8")
-        values = np.asarray(picture)
-        key = picture.info.get("transparency")
-        if isinstance(key, int):
-            alpha = Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
-        picture = Image.fromarray(_to_eight_bits(values, picture.mode))
-    elif picture.mode == "LA":
-        picture, alpha = picture.split()
-    elif picture.has_transparency_data:
-        full = picture.convert("RGBA")
-        picture, alpha = full.convert("RGB"), full.getchannel("A")
-    elif picture.mode in ("P", "1", "YCbCr", "HSV", "RGBX"):
-        picture = picture.convert("L" if picture.mode == "1" else "RGB")
-    opaque = alpha is None or alpha.getextrema()[0] == 255
-    return picture, None if opaque else alpha
-
-
-def _to_eight_bits(values: npt.NDArray[np.generic], mode: str) -> npt.NDArray[np.uint8]:
-    """Return gray values of `mode` I;16…, I or F scaled to 0..255."""
-    numbers = np.nan_to_num(values.astype(np.float64))
-    top = float(numbers.max(initial=0.0))
-    if mode.startswith("I;16"):
-        full = 65535.0
-    elif mode == "F":  # floats are 0..1 by custom, but scanners write other ranges
-        full = 1.0 if top <= 1.0 else max(255.0, top)
-    else:  # 32-bit integers mostly hold 8- or 16-bit values
-        full = 255.0 if top <= 255 else 65535.0 if top <= 65535 else float(2**31 - 1)
-    return np.clip(np.rint(numbers * (255.0 / full)), 0, 255).astype(np.uint8)
-
-
-def _to_srgb(colors: Image.Image, profile: bytes | None, notes: list[str]) -> Image.Image:
-    if profile:
-        try:
-            return _apply_profile(colors, profile, notes)
-        except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-            notes.append("its color profile cannot be used and was ignored")
-    if colors.mode == "LAB":
-        lab = ImageCms.createProfile("LAB")
-        converted = ImageCms.profileToProfile(colors, lab, ImageCms.createProfile("sRGB"), outputMode="RGB")
-        assert converted is not None
-        return converted
-    if colors.mode == "CMYK":
-        notes.append("CMYK without a color profile: its colors are approximate")
-    return colors if colors.mode == "RGB" else colors.convert("RGB")  # a copy would cost a tenth of the decoding
-
-
-def _apply_profile(colors: Image.Image, profile: bytes, notes: list[str]) -> Image.Image:
-    source = ImageCms.ImageCmsProfile(BytesIO(profile))
-    name = ImageCms.getProfileDescription(source).strip()
-    if source.profile.xcolor_space.strip() == "RGB" and colors.mode == "L":
-        colors = colors.convert("RGB")
-    if colors.mode == "RGB" and name.lower().startswith("srgb"):
-        return colors  # a transform to itself costs time and moves pixels by rounding
-    converted = ImageCms.profileToProfile(
-        colors,
-        source,
-        ImageCms.createProfile("sRGB"),
-        renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
-        outputMode="RGB",
-        flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
-    )
-    assert converted is not None
-    notes.append(f"color profile {name or 'without a name'} turned into sRGB")
-    return converted
+        return None
+    if turn is not None:
+        notes.append("turned upright as its EXIF data says")
+    return turn

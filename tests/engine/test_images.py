@@ -190,7 +190,7 @@ def test_the_first_frame_of_an_animation_is_used_with_a_note(tmp_path: Path, ext
     frames = [Image.new("RGB", (8, 8), color) for color in ("green", "red")]
     frames[0].save(path, save_all=True, append_images=frames[1:], **options)
     assert pixel(path) == (0, 128, 0)
-    assert "first of its 2 frames" in " ".join(read_picture(path).notes)
+    assert "first of its frames" in " ".join(read_picture(path).notes)
 
 
 def test_a_wrong_or_missing_extension_is_used_with_a_note(tmp_path: Path) -> None:
@@ -226,6 +226,7 @@ def test_what_cannot_be_used_is_refused_with_its_reason(tmp_path: Path) -> None:
     (tmp_path / "words.png").write_text("these are words")
     (tmp_path / "notes.md").write_text("these are words")
     (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 40)
+    (tmp_path / "layers.psd").write_bytes(b"8BPS\0\1" + b"\0" * 40)
     (tmp_path / "evil.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
     (tmp_path / "gone.png").symlink_to(tmp_path / "nothing.png")
     os.mkfifo(tmp_path / "pipe.png")
@@ -233,7 +234,8 @@ def test_what_cannot_be_used_is_refused_with_its_reason(tmp_path: Path) -> None:
     assert reason(tmp_path / "zero.png") == "the file is empty"
     assert "no real .png" in reason(tmp_path / "words.png")
     assert reason(tmp_path / "notes.md") == "not a picture"
-    assert "convert it to PNG" in reason(tmp_path / "phone.heic")
+    assert "no real .heic" in reason(tmp_path / "phone.heic")
+    assert "convert it to PNG" in reason(tmp_path / "layers.psd")
     assert "convert it to PNG" in reason(tmp_path / "evil.eps")
     assert reason(tmp_path / "gone.png") == "a link to nothing"
     assert reason(tmp_path / "pipe.png") == "not an ordinary file"
