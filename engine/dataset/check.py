@@ -12,6 +12,7 @@ from lorasmith.engine.dataset.check_amount import check_amount
 from lorasmith.engine.dataset.check_captions import CaptionStatistics, caption_statistics, check_captions
 from lorasmith.engine.dataset.check_characters import check_characters
 from lorasmith.engine.dataset.check_duplicates import check_duplicates
+from lorasmith.engine.dataset.check_masks import check_masks
 from lorasmith.engine.dataset.check_pictures import check_pictures
 from lorasmith.engine.dataset.check_trigger_use import check_trigger_use
 from lorasmith.engine.dataset.check_wording import check_wording
@@ -66,6 +67,7 @@ def check_dataset(dataset: Dataset, plan: BucketPlan, context: CheckContext) -> 
         *check_captions(dataset, context),
         *check_duplicates(dataset, plan, context),
         *check_pictures(dataset, plan, context),
+        *check_masks(dataset, context),
         *check_amount(dataset, plan, context),
         *check_characters(dataset, context),
         *check_wording(dataset, context),

@@ -10,7 +10,7 @@ import numpy as np
 from lorasmith.engine.dataset.buckets import BucketPlan
 from lorasmith.engine.dataset.check_duplicates import MIN_CONTRAST, MIN_SIDE, near_groups
 from lorasmith.engine.dataset.check_goals import aim_of
-from lorasmith.engine.dataset.findings import Action, CheckContext, Finding, counted
+from lorasmith.engine.dataset.findings import Action, CheckContext, Finding
 from lorasmith.engine.dataset.items import Dataset, ImageItem
 
 VERY_FEW = 5
@@ -40,7 +40,6 @@ def check_amount(dataset: Dataset, plan: BucketPlan, context: CheckContext) -> l
         lambda: _uniform(learnt, context),
         lambda: _unbalanced(learnt, context),
         lambda: _regularization(dataset),
-        lambda: _unmasked(learnt),
     )
     return [finding for check in checks if (finding := check()) is not None]
 
@@ -163,18 +162,4 @@ def _regularization(dataset: Dataset) -> Finding | None:
         else "So few hardly keep prompts without the trigger as they were.",
         "About as many uses of one as of the other are usual: change the number in front of the folders' names "
         "(10_name), or the number of regularization pictures.",
-    )
-
-
-def _unmasked(learnt: list[ImageItem]) -> Finding | None:
-    without = tuple(item.relative for item in learnt if item.mask_path is None)
-    if not without or len(without) == len(learnt):
-        return None
-    return Finding(
-        "masks-missing",
-        "note",
-        f"{counted(len(without), 'picture has', 'pictures have')} no mask, {len(learnt) - len(without)} do.",
-        "Pictures without a mask are learnt whole, background included.",
-        "Add the missing masks if the background is not to be learnt, or set dataset.masks to off.",
-        files=without,
     )

@@ -1,4 +1,4 @@
-"""What is wrong with single pictures: too small, blurred, compressed, framed, cropped, dark, transparent, masked."""
+"""What is wrong with single pictures: too small, blurred, compressed, framed, cropped, dark."""
 
 from __future__ import annotations
 
@@ -266,26 +266,6 @@ _pale = _light(
 )
 
 
-def _transparent(pictures: Pictures) -> Finding | None:
-    settings = pictures.context.config.dataset
-    if settings.masks == "alpha" or settings.alpha_background != "white":
-        return None
-    marked = _Marked()
-    for item in pictures.learnt:
-        if item.transparent:
-            marked.add(item, 0.0, "transparent parts become white")
-    return _finding(
-        "transparent",
-        "note",
-        f"{counted(len(marked.found), 'picture is', 'pictures are')} partly transparent; white shows through.",
-        "One background behind every picture is learnt with the concept.",
-        "Keep white, or set dataset.alpha_background to checker (another board for each picture), or dataset.masks to "
-        "alpha (only what is opaque is learnt).",
-        marked,
-        Action("Learn only what is opaque", settings={"dataset.masks": "alpha"}),
-    )
-
-
 _CHECKS: tuple[Callable[[Pictures], Finding | None], ...] = (
     _too_small,
     _blurred,
@@ -295,7 +275,6 @@ _CHECKS: tuple[Callable[[Pictures], Finding | None], ...] = (
     _pale,
     _dark,
     _bright,
-    _transparent,
     _odd_shapes,
     _slightly_small,
 )
