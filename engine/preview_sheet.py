@@ -30,7 +30,7 @@ _PREVIEW_NAME = re.compile(r"step-(?P<step>\d{8,})_p(?P<prompt>\d+)_s(?P<seed>\d
 class Cell:
     """A place on a sheet: a picture at its size there, or the `reason` why there is none, above `lines` of text.
 
-    The first line is a name; further ones, in red, say what is wrong.
+    The first line is a name; further ones, in red, say what is wrong. Pictures stand right above their lines.
     """
 
     picture: Image.Image | None
@@ -81,13 +81,13 @@ def draw_sheet(cells: Sequence[Cell], columns: int | None = None) -> Image.Image
     for index, cell in enumerate(cells):
         x, y = GAP + index % columns * (width + GAP), GAP + index // columns * (row_height + GAP)
         if cell.picture is not None:
-            sheet.paste(cell.picture, (x, y))
+            sheet.paste(cell.picture, (x, y + height - cell.picture.height))  # right above its label
         elif cell.reason:
             pen.rectangle((x, y, x + width - 1, y + height - 1), outline="#b00000")
             _write_wrapped(pen, cell.reason, (x + GAP, y + GAP), width - 2 * GAP)
         for number, line in enumerate(cell.lines):
             color = "black" if number == 0 else "#b00000"
-            text = _fitting(_drawable(line), _label_font(), width)
+            text = _fitting(drawable(line), _label_font(), width)
             pen.text((x, y + height + 2 + number * LINE_HEIGHT), text, fill=color, font=_label_font())
     return sheet
 
@@ -140,7 +140,7 @@ def scaled(picture: Image.Image, side: int) -> Image.Image:
 
 def _write_wrapped(pen: ImageDraw.ImageDraw, text: str, corner: tuple[int, int], width: int) -> None:
     """Write a text in as many lines as it takes, at most eight."""
-    font, words = _label_font(), _drawable(text).split()
+    font, words = _label_font(), drawable(text).split()
     lines = [""]
     for word in words:
         longer = f"{lines[-1]} {word}".strip()
@@ -159,10 +159,11 @@ def _label_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(FONT_SIZE)
 
 
-def _drawable(text: str) -> str:
-    # Pillow's own font has ASCII letters only and draws boxes for others.
+def drawable(text: str) -> str:
+    """Return a text in what Pillow's own font has, ASCII: letters without accents, and the codes of other scripts."""
     plain = unicodedata.normalize("NFKD", one_line(text))
-    return "".join(c if c.isascii() else "?" for c in plain if not unicodedata.combining(c))
+    bare = "".join(character for character in plain if not unicodedata.combining(character))
+    return bare.encode("ascii", "backslashreplace").decode("ascii")
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

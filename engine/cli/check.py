@@ -1,125 +1,193 @@
-"""`lorasmith check`: what a training would make of a folder of pictures, without a run file."""
+"""`lorasmith check`: everything that a training would make of a folder of pictures, before it starts."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.engine.cli.output import columns, say, say_json
-from lorasmith.engine.run_file import Layer, resolve_config
+from lorasmith.engine.cli.check_report import CheckReport, print_report
+from lorasmith.engine.cli.output import say_json
+from lorasmith.engine.cli.progress import FileProgress
+from lorasmith.engine.cli.train import Sets
+from lorasmith.engine.errors import ConfigError, DatasetError, StorageError
+from lorasmith.engine.run_file import Layer, load_run_file, parse_assignments, resolve_config
 
 if TYPE_CHECKING:
     from lorasmith.engine.config import RunConfig
-    from lorasmith.engine.dataset.buckets import BucketPlan
-    from lorasmith.engine.dataset.items import Dataset, ImageItem
+    from lorasmith.engine.dataset.items import Dataset
     from lorasmith.engine.families import BaseIdentity, FamilyModule
     from lorasmith.engine.sources import BaseFiles
 
-_SAMPLE_CAPTIONS = 3
+NUM_SAMPLES = 3
+
+
+@dataclass(frozen=True)
+class _Base:
+    """A located base model and what it is."""
+
+    files: BaseFiles
+    module: FamilyModule
+    identity: BaseIdentity
 
 
 def check(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder with the pictures; only read.")],
-    base: Annotated[str, typer.Option(help="Also count tokens with this base model's tokenizer.")] = "",
-    trigger: Annotated[str, typer.Option(help="The trigger word, to show the captions as they are trained.")] = "",
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="FOLDER", help="The folder with the pictures, a ZIP or a Kohya .toml; only read."),
+    ] = None,
+    run: Annotated[Path | None, typer.Option(metavar="RUN.toml", help="Take the settings of a run file.")] = None,
+    base: Annotated[str, typer.Option(help="Check for this base model, and count tokens with its tokenizers.")] = "",
+    goal: Annotated[str, typer.Option(help="What is to be learnt, e.g. character or style.")] = "",
+    trigger: Annotated[str, typer.Option(help="The trigger word; it is checked too.")] = "",
     resolution: Annotated[int | None, typer.Option(help="Training resolution in pixels.")] = None,
+    sets: Sets = None,
+    sheet: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Also write all pictures with their findings as PNG.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Read every picture and caption of a folder and show buckets, captions and what is refused and why."""
-    from lorasmith.engine.dataset.buckets import plan_buckets
-    from lorasmith.engine.dataset.scan import scan_dataset
-    from lorasmith.engine.families import identify_base
+    """Read every picture and caption of a folder and report what is wrong, why, and what to do.
+
+    Ends with 0, or with 5 where something keeps a training from starting (findings marked error).
+    """
+    if folder is None and run is None:
+        raise typer.BadParameter("give the folder with the pictures, or --run RUN.toml", param_hint="FOLDER")
+    given = _given(folder, base, trigger, resolution)
+    config, found_base = _resolve([load_run_file(run)] if run else [], [given, parse_assignments(sets or [])], goal)
+    if sheet is not None:
+        _require_sheet_place(sheet, [config.dataset.folder, *config.dataset.more_folders])
+    report = _examine(config, found_base, goal, sheet)
+    if as_json:
+        say_json(report.to_json())
+    else:
+        print_report(report)
+    if report.num_errors:
+        raise typer.Exit(DatasetError.exit_code)
+
+
+def _given(folder: Path | None, base: str, trigger: str, resolution: int | None) -> Layer:
+    values: dict[str, dict[str, Any]] = {"dataset": {}, "captions": {}, "base": {}}
+    if folder is not None:
+        values["dataset"]["folder"] = str(folder)
+    if resolution is not None:
+        values["dataset"]["resolution"] = resolution
+    if trigger:
+        values["captions"]["trigger"] = trigger
+    if base:
+        values["base"]["model"] = base
+    return Layer("command line", {section: settings for section, settings in values.items() if settings})
+
+
+def _resolve(run_file: Sequence[Layer], given: Sequence[Layer], goal: str) -> tuple[RunConfig, _Base | None]:
+    """Return the settings; those that nobody gave are as the wizard would recommend them for the base and goal."""
+    from lorasmith.engine import advisor
+
+    config = resolve_config([*run_file, *given]).config
+    asked_for = any("model" in layer.values.get("base", {}) for layer in given)
+    base = _find_base(config, asked_for)
+    family = base.identity.family if base else ""
+    _require_goal(goal, family)
+    if base is None or run_file:
+        return config, base
+    advice = advisor.recommend(
+        family, goal or next(iter(advisor.goals(family))), 1, base.identity.native_resolution, None
+    )
+    return resolve_config([*advisor.as_layers(advice), *given]).config, base
+
+
+def _find_base(config: RunConfig, asked_for: bool) -> _Base | None:
+    """Return the base model; one that only the run file names is not downloaded for a check."""
+    from lorasmith.engine.cli.plan import local_base
+    from lorasmith.engine.families import families, identify_base
     from lorasmith.engine.sources import locate_base
 
-    files = locate_base(base) if base else None
-    module, identity = identify_base(files) if files else (None, None)
-    config = _settings(folder, trigger, resolution, identity)
-    dataset = scan_dataset(config.dataset)
-    plan = plan_buckets(dataset.items, config.dataset, module.SPEC.pixel_multiple if module else 8)
-    report = _report(config, dataset, plan)
-    if files and module and identity:
-        report["base"] = identity.label
-        report["tokens"] = _count_tokens(module, files, config, dataset)
-    if as_json:
-        say_json(report)
-    else:
-        _show(report)
+    if not asked_for:
+        files, identity = local_base(config.base)
+        return _Base(files, families()[identity.family], identity) if files and identity else None
+    files = locate_base(config.base.model, config.base.revision)
+    module, identity = identify_base(files, config.base.family)
+    return _Base(files, module, identity)
 
 
-def _settings(folder: Path, trigger: str, resolution: int | None, identity: BaseIdentity | None) -> RunConfig:
-    side = resolution or (identity.native_resolution if identity else None)
-    dataset: dict[str, Any] = {"folder": str(folder)} | ({"resolution": side} if side else {})
-    return resolve_config([Layer("command line", {"dataset": dataset, "captions": {"trigger": trigger}})]).config
+def _require_goal(goal: str, family: str) -> None:
+    from lorasmith.engine import advisor
+    from lorasmith.engine.families import families
+
+    known = dict.fromkeys(name for each in ([family] if family else sorted(families())) for name in advisor.goals(each))
+    if goal and goal not in known:
+        raise ConfigError(f"Unknown goal {goal}.", fix=f"Known goals: {', '.join(known)}.")
 
 
-def _report(config: RunConfig, dataset: Dataset, plan: BucketPlan) -> dict[str, Any]:
-    missing = [item.relative for item in dataset.items if item.caption is None]
-    return {
-        "folder": str(dataset.folder),
-        "found": dataset.found,
-        "accepted": len(dataset.items),
-        "refused": [{"file": refusal.relative, "reason": refusal.reason} for refusal in dataset.refused],
-        "captions_missing": missing,
-        "notes": [{"file": item.relative, "note": note} for item in dataset.items for note in item.notes],
-        "resolution": config.dataset.resolution,
-        "buckets": plan.counts(),
-        "largest_crop": max((sample.crop_loss for sample in plan.samples), default=0.0),
-        "enlarged": sum(sample.scale > 1.0 for sample in plan.samples),
-        "captions": [
-            {"file": item.relative, "caption": _as_trained(item, config)} for item in dataset.items[:_SAMPLE_CAPTIONS]
-        ],
-    }
+def _examine(config: RunConfig, base: _Base | None, goal: str, sheet: Path | None) -> CheckReport:
+    from lorasmith.engine.dataset.buckets import plan_buckets
+    from lorasmith.engine.dataset.captions import sample_prompts
+    from lorasmith.engine.dataset.check import build_context, caption_statistics, check_dataset
+    from lorasmith.engine.dataset.scan import scan_dataset
+    from lorasmith.engine.dataset.triggers import read_word
+
+    with FileProgress("reading pictures") as progress:
+        dataset = scan_dataset(config.dataset, progress.update)
+    used = _used(dataset, config)
+    spec = base.module.SPEC if base else None
+    tokenizers = base.module.load_tokenizers(base.files) if base else []
+    plan = plan_buckets(used.items, config.dataset, spec.pixel_multiple if spec else 8, config.run.seed)
+    label = base.identity.label if base else ""
+    context = build_context(config, spec=spec, label=label, tokenizers=tokenizers, goal=goal)
+    findings = tuple(check_dataset(dataset, plan, context))
+    prompts = sample_prompts(used.items, config.captions, config.run.seed, NUM_SAMPLES)
+    trigger = config.captions.trigger.strip()
+    return CheckReport(
+        config,
+        context,
+        dataset,
+        plan,
+        findings,
+        caption_statistics(dataset, context),
+        prompts=tuple((item.relative, text) for item, text in prompts),
+        words=tuple(read_word(tokenizer, trigger) for tokenizer in tokenizers) if trigger else (),
+        sheets=_write_sheets(dataset, findings, sheet) if sheet else (),
+    )
 
 
-def _as_trained(item: ImageItem, config: RunConfig) -> str:
-    from lorasmith.engine.dataset.captions import compose
+def _used(dataset: Dataset, config: RunConfig) -> Dataset:
+    """Return the pictures with the captions that they would be trained with; where a question is open, all of them."""
+    from lorasmith.engine.dataset.scan import require_captions
 
-    return compose(item.caption, config.captions.trigger, item.regularization)
-
-
-def _count_tokens(module: FamilyModule, files: BaseFiles, config: RunConfig, dataset: Dataset) -> dict[str, Any]:
-    """Return the longest caption in tokens, and the captions that the text encoder would cut off."""
-    tokenizers = module.load_tokenizers(files)
-    counts = {
-        item.relative: max(len(tokenizer(_as_trained(item, config)).input_ids) for tokenizer in tokenizers)
-        for item in dataset.items
-    }
-    limit = module.SPEC.token_limit
-    return {
-        "limit": limit,
-        "longest": max(counts.values(), default=0),
-        "too_long": [name for name, count in counts.items() if count > limit],
-    }
+    try:
+        return require_captions(dataset, config.dataset)
+    except DatasetError:
+        return dataset  # the findings say what is open
 
 
-def _show(report: dict[str, Any]) -> None:
-    say(f"{report['folder']}: {report['found']} files, {report['accepted']} accepted, {len(report['refused'])} refused")
-    if "base" in report:
-        say(f"Base model: {report['base']}")
-    say(f"Buckets at {report['resolution']} px:")
-    for line in columns([[name, f"{count} pictures"] for name, count in report["buckets"].items()]):
-        print(line)
-    if report["largest_crop"] > 0:
-        say(f"Largest crop: {report['largest_crop']:.0%} of a picture")
-    if report["enlarged"]:
-        say(f"{report['enlarged']} pictures are smaller than their bucket and get enlarged")
-    _show_list("Captions as trained:", [[entry["file"], entry["caption"]] for entry in report["captions"]])
-    if tokens := report.get("tokens"):
-        say(f"Longest caption: {tokens['longest']} of {tokens['limit']} tokens")
-        _show_list("Cut off at the end:", [[name] for name in tokens["too_long"]])
-    if missing := report["captions_missing"]:
-        say(
-            f"{len(missing)} pictures have no caption: write it, or set dataset.missing_captions to trigger or exclude:"
+def _write_sheets(dataset: Dataset, findings: Sequence[Any], sheet: Path) -> tuple[Path, ...]:
+    from lorasmith.engine.dataset.contact_sheet import write_contact_sheets
+
+    # Once more: a Kohya file names its folders only inside.
+    _require_sheet_place(sheet, {str(item.path.parent) for item in dataset.items})
+    with FileProgress("drawing the contact sheet") as progress:
+        return tuple(write_contact_sheets(dataset, findings, sheet, progress.update))
+
+
+def _require_sheet_place(sheet: Path, folders: Sequence[str] | set[str]) -> None:
+    """Refuse a place that cannot be written to, or that belongs to the dataset, before pictures are read for it."""
+    place = sheet.expanduser().resolve()
+    for folder in filter(None, folders):
+        if place.is_relative_to(Path(folder).expanduser().resolve()):
+            raise ConfigError(
+                f"The contact sheet {sheet} would be inside the dataset.",
+                why="A dataset is only read: the sheet would become one of its pictures.",
+                fix="Choose a place outside of it.",
+            )
+    if place.suffix.lower() != ".png" or place.is_dir():
+        raise ConfigError(f"The contact sheet {sheet} is no PNG file.", fix="Give it a name such as sheet.png.")
+    if not place.parent.is_dir() or not os.access(place.parent, os.W_OK | os.X_OK):
+        raise StorageError(
+            f"The contact sheet {sheet} cannot be written.",
+            why=f"{place.parent} is no folder that may be written to.",
+            fix="Choose another place.",
         )
-        _show_list("", [[name] for name in missing])
-    _show_list("Notes:", [[entry["file"], entry["note"]] for entry in report["notes"]])
-    _show_list("Refused:", [[entry["file"], entry["reason"]] for entry in report["refused"]])
-
-
-def _show_list(title: str, rows: list[list[str]]) -> None:
-    if rows and title:
-        say(title)
-    for line in columns(rows):
-        print(line)

@@ -37,7 +37,7 @@ def plan(
 
     layers = ([load_run_file(run_file)] if run_file else []) + [parse_assignments(sets or [])]
     resolved = resolve_config(layers)
-    files, identity = _base(resolved.config.base)
+    files, identity = local_base(resolved.config.base)
     dataset = _dataset(resolved.config.dataset)
     forecast = build_plan(resolved, identity, dataset, files)
     if as_json:
@@ -47,8 +47,8 @@ def plan(
             print(line)
 
 
-def _base(settings: BaseSettings) -> tuple[BaseFiles | None, BaseIdentity | None]:
-    """Recognize the base model if it is on this machine; a plan downloads nothing."""
+def local_base(settings: BaseSettings) -> tuple[BaseFiles | None, BaseIdentity | None]:
+    """Locate and recognize the base model, if it is on this machine: nothing is downloaded."""
     from lorasmith.engine.families import identify_base
     from lorasmith.engine.sources import BaseFiles, is_hub_id, locate_base
 

@@ -179,12 +179,15 @@ class _Bar:
     def print(self, text: str) -> None:
         self._console.print(text, soft_wrap=True)
 
+    def advance(self, label: str, done: int, total: int) -> None:
+        self._progress.update(self._task, description=visible(label), completed=done, total=total)
+
     def update(self, event: events.Event, total_steps: int) -> None:
         if isinstance(event, events.StepsDone):
             loss = f"loss {event.losses[-1]:.4f}" if event.losses else "training"
             self._progress.update(self._task, description=loss, completed=event.step, total=total_steps)
         elif isinstance(event, events.Progress):
-            self._progress.update(self._task, description=visible(event.label), completed=event.done, total=event.total)
+            self.advance(event.label, event.done, event.total)
         elif isinstance(event, events.StageChanged):
             self._progress.update(self._task, description=visible(event.label), completed=0, total=None)
 
@@ -192,3 +195,38 @@ class _Bar:
 def default_stream(as_json: bool) -> TextIO:
     """Return where progress goes: stdout, or stderr when stdout belongs to a JSON document."""
     return sys.stderr if as_json else sys.stdout
+
+
+class FileProgress:
+    """A moving bar with the time left, on stderr, for work on many files that takes longer than a moment."""
+
+    PATIENCE_SECONDS = 1.0
+
+    def __init__(self, label: str, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        """Show nothing yet, and nothing at all where `stream` is no terminal."""
+        self._label = label
+        self._stream = stream or sys.stderr
+        self._clock = clock
+        self._start = clock()
+        self._bar: _Bar | None = None
+
+    def __enter__(self) -> FileProgress:
+        """Start the clock."""
+        self._start = self._clock()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, done: int, total: int) -> None:
+        """Tell how many of how many files are done."""
+        if self._bar is None:
+            if self._clock() - self._start < self.PATIENCE_SECONDS or not self._stream.isatty():
+                return
+            self._bar = _Bar(self._stream)
+            self._bar.start()
+        self._bar.advance(self._label, done, total)

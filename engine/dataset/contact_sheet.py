@@ -9,14 +9,14 @@ from pathlib import Path
 from lorasmith.engine.dataset.findings import Finding
 from lorasmith.engine.dataset.items import Dataset, ImageItem, Progress
 from lorasmith.engine.errors import DatasetError
-from lorasmith.engine.preview_sheet import Cell, draw_sheet, png_bytes, scaled
+from lorasmith.engine.preview_sheet import Cell, draw_sheet, drawable, png_bytes, scaled
 from lorasmith.engine.storage import atomic_write
 
 PICTURES_A_SHEET = 120
 CELL_SIDE = 224
 MAX_FOUND_BY_ONE = 0.5
 """A finding about more than this share of the pictures is left out of the labels: it tells none from the others."""
-_MAX_NAME = 32
+_LINE_LETTERS, _CODE_LINES = 32, 3
 
 
 def write_contact_sheets(
@@ -72,7 +72,7 @@ def found_codes(items: Sequence[ImageItem], findings: Sequence[Finding]) -> dict
 def _cell(item: ImageItem, codes: Sequence[str]) -> Cell:
     from lorasmith.engine.dataset.images import read_picture
 
-    lines = (_end_of(item.relative), f"! {', '.join(codes)}") if codes else (_end_of(item.relative),)
+    lines = (_end_of(item.relative), *_code_lines(codes))
     try:
         picture = read_picture(item.path, longest=CELL_SIDE)
     except DatasetError as error:
@@ -84,4 +84,18 @@ def _cell(item: ImageItem, codes: Sequence[str]) -> Cell:
 
 def _end_of(relative: str) -> str:
     """Return a path that fits under a picture; its end tells more than its start."""
-    return relative if len(relative) <= _MAX_NAME else f"…{relative[1 - _MAX_NAME :]}"
+    name = drawable(relative)
+    return name if len(name) <= _LINE_LETTERS else f"...{name[3 - _LINE_LETTERS :]}"
+
+
+def _code_lines(codes: Sequence[str]) -> list[str]:
+    """Return the codes in a few lines; where they are more, the last line counts the rest."""
+    lines: list[list[str]] = []
+    for code in codes:
+        if lines and len(", ".join([*lines[-1], code])) <= _LINE_LETTERS:
+            lines[-1].append(code)
+        else:
+            lines.append([code])
+    rest = sum(len(line) for line in lines[_CODE_LINES:])
+    texts = [", ".join(line) for line in lines[:_CODE_LINES]]
+    return [f"! {text}" + (f" +{rest}" if rest and text is texts[-1] else "") for text in texts]
