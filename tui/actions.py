@@ -11,7 +11,21 @@ from typing import Literal
 
 from textual.binding import Binding
 
-Place = Literal["app", "page", "settings", "review", "tool", "captions", "bulk", "tags", "captioner"]
+Place = Literal[
+    "app",
+    "page",
+    "dataset",
+    "settings",
+    "review",
+    "sheet",
+    "findings",
+    "gallery",
+    "tool",
+    "captions",
+    "bulk",
+    "tags",
+    "captioner",
+]
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,21 @@ ACTIONS: tuple[UserAction, ...] = (
     UserAction("step-number", "page", "1,2,3,4,5,6", "step", "Go to step", "Go to the step of that number."),
     UserAction("page-down", "page", "pagedown", "scroll_body(1)", "Scroll down", "Show what follows on the page."),
     UserAction("page-up", "page", "pageup", "scroll_body(-1)", "Scroll up", "Show what stands above on the page."),
+    UserAction("findings", "dataset", "f", "findings", "Findings", "Show what was found, with the pictures.", True),
+    UserAction("gallery", "dataset", "g", "gallery", "Gallery", "Show all pictures.", True),
+    UserAction("captions", "dataset", "c", "captions", "Captions", "Edit the captions.", True),
+    UserAction("more", "dataset", "m", "more_settings", "More settings", "Show more settings of the dataset."),
+    UserAction("sheet-back", "sheet", "escape", "back", "Back", "Go back to the page.", True),
+    UserAction("sheet-help", "sheet", "f1,question_mark", "help", "Help", "Explain this and list the keys.", True),
+    UserAction("finding-apply", "findings", "a", "apply", "Do it", "Make the change that the finding proposes.", True),
+    UserAction("finding-gallery", "findings", "g", "gallery", "Gallery", "Show these pictures in the gallery.", True),
+    UserAction("picture-exclude", "sheet", "x", "exclude", "Leave out", "Leave the selected picture out.", True),
+    UserAction("picture-edit", "sheet", "e", "edit_caption", "Caption", "Edit the selected picture's caption.", True),
+    UserAction("sheet-undo", "sheet", "u", "undo", "Undo", "Take the newest change back.", True),
+    UserAction("gallery-filter", "gallery", "slash", "filter", "Filter", "Find by name, caption or finding.", True),
+    UserAction(
+        "gallery-unused", "gallery", "t", "toggle_unused", "Not used", "List the files not used, and why.", True
+    ),
     UserAction("reset", "settings", "r,ctrl+r", "reset", "Reset", "Give the field its recommended value again.", True),
     UserAction("all", "settings", "a", "toggle_all", "All settings", "Show all settings, or the important ones.", True),
     UserAction("copy", "review", "y", "copy_command", "Copy", "Copy the command that trains the same.", True),

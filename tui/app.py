@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from textual import events
@@ -15,9 +16,11 @@ from textual.binding import BindingType
 from textual.message import Message
 from textual.screen import Screen
 
+from lorasmith.engine.errors import LorasmithError
 from lorasmith.tui.actions import actions_of, bindings
 from lorasmith.tui.draft import PAGES, Draft
 from lorasmith.tui.draft_file import DraftFile
+from lorasmith.tui.edits import Editing, Edits, Undo, answers_before, carry_out, put_answers, told_in_words
 from lorasmith.tui.findings import Look, Probes
 from lorasmith.tui.known import Known
 from lorasmith.tui.screens.page import WizardPage
@@ -26,6 +29,7 @@ from lorasmith.tui.text import safe_str
 from lorasmith.tui.theme import THEME, limited_colors
 
 if TYPE_CHECKING:
+    from lorasmith.engine.dataset.findings import Action
     from lorasmith.engine.run_file import ResolvedConfig
 
 WARM_UP_AFTER_SECONDS = 0.8
@@ -59,6 +63,7 @@ class LorasmithApp(App[int]):
         self.file = DraftFile()
         self.offer = self.file.load() if draft is None else None
         self.session: Any = None
+        self.editing = Editing()
         self._warm_up = warm_up
         self._unsaved = False
 
@@ -122,7 +127,7 @@ class LorasmithApp(App[int]):
 
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
         """Every action of the current screen, the steps, the theme and quitting."""
-        places = ("page", "settings", "review") if isinstance(screen, WizardPage) else getattr(screen, "PLACES", ())
+        places = [place for place in getattr(screen, "PLACES", ()) if place != "app"]
         for action in actions_of(*places):
             if action.name != "step" and hasattr(screen, f"action_{action.name.partition('(')[0]}"):
                 yield SystemCommand(action.label, action.help, partial(screen.run_action, action.name))
@@ -151,8 +156,14 @@ class LorasmithApp(App[int]):
     def changed(self) -> None:
         """Tell the page and the disk that the draft is another."""
         self.touch()
-        if self.page is not None and self.page.ready:
-            self.page.draft_changed()
+        self._tell_screens()
+
+    def _tell_screens(self) -> None:
+        """Have the page, and what lies over it, show what is known now."""
+        for screen in list(self.screen_stack):
+            tell = getattr(screen, "draft_changed", None)
+            if tell is not None and getattr(screen, "ready", False):
+                tell()
 
     def _save_draft(self) -> None:
         self._unsaved = False
@@ -171,12 +182,65 @@ class LorasmithApp(App[int]):
 
     def on_lorasmith_app_looked(self, message: Looked) -> None:
         """Take a finished look up; one that was overtaken by a newer question is dropped."""
+        self.known.follow_up(message.name)
         if self.known.looks.get(message.name) is not message.look:
             return
         if message.name == "start":
             self._started(message.look)
-        if self.page is not None and self.page.ready:
-            self.page.draft_changed()
+        self._tell_screens()
+
+    # Edits of captions and left-out pictures
+
+    def edit(self, edits: Edits, words: str) -> None:
+        """Write whole edits of pictures to the overlay and scan again; `words` tell what was done, for the undo."""
+        self.change_edits(lambda present: edits, Undo(words))
+
+    def carry_out(self, action: Action) -> None:
+        """Make the change that a finding proposes: settings in the draft, pictures and captions in the overlay."""
+        undo = Undo(action.label, answers=answers_before(self.draft, action.settings))
+        put_answers(self.draft, action.settings)
+        if action.exclude or action.captions:
+            self.change_edits(carry_out(action), undo)
+        else:
+            self.editing.undos.append(undo)
+            self.known.look_again()
+        self.changed()
+
+    def undo(self) -> str:
+        """Take the newest change back and return what it was, "" where there is none."""
+        undo = self.editing.take_undo()
+        if undo is None:
+            return ""
+        put_answers(self.draft, undo.answers)
+        if undo.path is not None:
+            self.change_edits(lambda present: undo.edits, None)
+        else:
+            self.known.look_again()
+        self.changed()
+        return undo.words
+
+    def change_edits(self, change: Callable[[Edits], Edits], undo: Undo | None) -> None:
+        """Write to the overlay what `change` makes of the edits in it, then scan again; failures are toasts."""
+        path = self.draft.overlay_path()
+        if path is not None:
+            self.editing.waiting += 1
+            self.run_worker(self._write_edits(path, change, undo), group="edits", exit_on_error=False)
+
+    async def _write_edits(self, path: Path, change: Callable[[Edits], Edits], undo: Undo | None) -> None:
+        try:
+            await self.editing.write(path, change, undo)
+        except LorasmithError as error:
+            self.notify(safe_str(told_in_words(error)), title="Not saved", severity="error", markup=False)
+        self.known.look_again()
+        self._tell_screens()
+
+    def look_again(self) -> None:
+        """Scan the dataset again after its overlay or its files changed."""
+        self.known.look_again()
+
+    async def edits_written(self) -> None:
+        """Wait until every edit is on the disk."""
+        await self.editing.written()
 
     def marks(self) -> dict[str, str]:
         """Return the mark of each step: ✓ seen and in order, ! has a problem, • not seen."""

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine.errors import ConfigError, LorasmithError
+from lorasmith.tui.checks import Checked, find_checks
 
 if TYPE_CHECKING:
     from lorasmith.engine.advisor import Advice
     from lorasmith.engine.config import DatasetSettings
-    from lorasmith.engine.dataset.buckets import BucketPlan
     from lorasmith.engine.dataset.items import Dataset, ImageItem
+    from lorasmith.engine.dataset.overlay import Edit
     from lorasmith.engine.families import BaseIdentity, FamilyModule
     from lorasmith.engine.hardware import HardwareSnapshot
     from lorasmith.engine.plan import Plan
@@ -30,6 +31,7 @@ Tell = Callable[[str, int, int], None]
 """Called with what is being done, how much is done and how much there is (0: unknown)."""
 
 _MEGA = 1_000_000
+_ETA_AFTER_SECONDS = 1.0
 
 USUAL_PICTURES = 20
 """Assumed for the advice until the pictures are counted."""
@@ -49,9 +51,10 @@ class FoundBase:
 
 @dataclass(frozen=True)
 class FoundDataset:
-    """A scanned folder with its regularization pictures."""
+    """A scanned dataset with its regularization pictures; `edits` is what its overlay held then."""
 
     dataset: Dataset
+    edits: Mapping[str, Edit] = field(default_factory=dict)
 
     @property
     def pictures(self) -> list[ImageItem]:
@@ -65,14 +68,6 @@ class FoundDataset:
 
         return list(missing_captions(self.dataset))
 
-    def plan(self, settings: DatasetSettings, pixel_multiple: int) -> BucketPlan:
-        """Return the buckets of the pictures that would be used with `settings`."""
-        from lorasmith.engine.dataset.buckets import plan_buckets
-
-        leave_out = settings.missing_captions == "exclude"
-        used = [item for item in self.dataset.items if item.caption is not None or not leave_out]
-        return plan_buckets(used, settings, pixel_multiple)
-
 
 @dataclass(frozen=True)
 class Word:
@@ -84,16 +79,21 @@ class Word:
 
 @dataclass
 class Look:
-    """One look: what was looked at (`key`), and its result once `done`."""
+    """One look: what was looked at (`key`), and its result once `done`.
+
+    `before` is what the look before it found about the same thing, the first part of the key.
+    """
 
     key: tuple[Any, ...]
     started: float = field(default_factory=time.monotonic)
+    before: Any = None
     value: Any = None
     error: LorasmithError | None = None
     done: bool = False
     label: str = ""
     count: int = 0
     total: int = 0
+    stage_started: float = field(default_factory=time.monotonic)
 
     @property
     def seconds(self) -> int:
@@ -102,17 +102,31 @@ class Look:
 
     def tell(self, label: str, count: int, total: int) -> None:
         """Note how far the look is; safe from any thread, read by the screen once a second."""
+        if label != self.label:
+            self.stage_started = time.monotonic()
         self.label, self.count, self.total = label, count, total
         time.sleep(50e-6)  # lets the screen's thread in during long Python loops
 
     def progress(self) -> str:
-        """Return how far the look is, in words; holds foreign text."""
+        """Return how far the look is and how long it will take, in words; holds foreign text."""
         share = ""
         if self.total >= _MEGA:
             share = f" {self.count / _MEGA:,.0f} of {self.total / _MEGA:,.0f} MB"
         elif self.total:
             share = f" {self.count:,} of {self.total:,}"
-        return f"{self.label or 'looking'}{share} · {self.seconds} s"
+        left = remaining(time.monotonic() - self.stage_started, self.count, self.total)
+        return f"{self.label or 'looking'}{share} · {self.seconds} s{f' · {left}' if left else ''}"
+
+
+def remaining(seconds: float, count: int, total: int) -> str:
+    """Return in words how long the rest takes after `count` of `total` took `seconds`; "" while that is a guess."""
+    if seconds < _ETA_AFTER_SECONDS or not 0 < count < total:
+        return ""
+    left = seconds / count * (total - count)
+    if left < 60:
+        return f"about {max(1, round(left))} s left"
+    minutes = round(left / 60)
+    return f"about {minutes} min left" if minutes < 90 else f"about {left / 3600:.1f} h left"
 
 
 def find_hardware(tell: Tell) -> Any:
@@ -133,10 +147,13 @@ def find_base(model: str, revision: str, family: str, tell: Tell) -> FoundBase:
 
 
 def find_dataset(settings: DatasetSettings, tell: Tell) -> FoundDataset:
-    """Scan the folders; raises DatasetError."""
+    """Scan the folders, and read the edits that count beside them; raises DatasetError."""
+    from lorasmith.engine.dataset.overlay import read_overlay
     from lorasmith.engine.dataset.scan import scan_dataset
 
-    return FoundDataset(scan_dataset(settings, lambda done, total: tell("opening pictures", done, total)))
+    overlay = settings.overlay.strip()
+    edits = read_overlay(Path(overlay).expanduser()) if overlay else {}
+    return FoundDataset(scan_dataset(settings, lambda done, total: tell("opening pictures", done, total)), edits)
 
 
 def find_tokenizers(base: FoundBase, tell: Tell) -> list[Any]:
@@ -237,6 +254,7 @@ class Probes:
     hardware: Callable[..., Any] = find_hardware
     base: Callable[..., FoundBase] = find_base
     dataset: Callable[..., FoundDataset] = find_dataset
+    checks: Callable[..., Checked] = find_checks
     tokenizers: Callable[..., list[Any]] = find_tokenizers
     start: Callable[..., Any] = start_session
     plan: Callable[..., Plan] = find_plan

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from lorasmith.engine.errors import DatasetError, LorasmithError
+from lorasmith.engine.errors import ConfigError, DatasetError, LorasmithError
 from lorasmith.tui.draft import Draft, Problem
-from lorasmith.tui.findings import FoundBase, FoundDataset, Look, Probes, recommend
+from lorasmith.tui.findings import FoundBase, FoundDataset, Look, Probes, goal_of, recommend
 
 if TYPE_CHECKING:
     from lorasmith.engine.advisor import Advice
-    from lorasmith.engine.config import DatasetSettings
-    from lorasmith.engine.dataset.buckets import BucketPlan
+    from lorasmith.engine.config import DatasetSettings, RunConfig
     from lorasmith.engine.run_file import ResolvedConfig
+    from lorasmith.tui.checks import Checked
+
+_UNSCANNED = {"resolution", "more_resolutions", "buckets", "bucket_step", "crop", "flip", "missing_captions"}
+"""Settings of the dataset that change nothing about what a scan finds."""
+_UNCHECKED: dict[str, Any] = {"run": {"name"}, "checkpoints": True, "previews": True, "export": True}
+"""Parts of the configuration that no check depends on."""
 
 
 class Known:
@@ -27,7 +33,7 @@ class Known:
         self._get_draft = draft
         self._told = told
         self._advice: tuple[tuple[object, ...], list[Advice]] = ((), [])
-        self._plan: tuple[tuple[object, ...], BucketPlan] | None = None
+        self._scan_again = False
 
     @property
     def draft(self) -> Draft:
@@ -39,7 +45,8 @@ class Known:
         known = self.looks.get(name)
         if known is not None and known.key == key:
             return known
-        look = self.looks[name] = Look(key)
+        before = known.value or known.before if known is not None and known.key[:1] == key[:1] else None
+        look = self.looks[name] = Look(key, before=before)
         # Daemon threads: leaving must not wait for a download.
         threading.Thread(target=self._take, args=(name, look, probe), name=f"look-{name}", daemon=True).start()
         return look
@@ -80,6 +87,67 @@ class Known:
             self.looks.pop("dataset", None)
         return self.look("dataset", self._dataset_key(), partial(self.probes.dataset, settings))
 
+    def look_again(self) -> None:
+        """Scan the dataset as it is now, after an edit; only when the scan that is under way is over."""
+        look = self.looks.get("dataset")
+        self._scan_again = look is not None and not look.done
+        if not self._scan_again:
+            self.look_at_dataset()
+
+    def follow_up(self, name: str) -> None:
+        """Take the looks that the end of the look `name` makes possible."""
+        if name == "dataset" and self._scan_again:
+            self.look_again()
+        if name in ("dataset", "base_model", "words"):
+            self.look_at_checks()
+
+    def look_at_checks(self) -> Look | None:
+        """Check the scanned pictures for the base and the settings as they stand; None while none are scanned."""
+        from lorasmith.tui.checks import Question
+
+        found = self.dataset
+        if found is None:
+            return None
+        words = self.current("words")
+        tokenizers = words.value if words is not None and words.value else ()
+        question = Question(self.check_config(), self.base, tokenizers, self._goal())
+        return self.look("checks", self._checks_key(), partial(self.probes.checks, found, question))
+
+    def _goal(self) -> str:
+        return goal_of(self.draft, self.base.identity.family) if self.base is not None else ""
+
+    def _checks_key(self) -> tuple[Any, ...]:
+        scan, words = self.looks.get("dataset"), self.current("words")
+        config = self.check_config().model_dump_json(exclude=_UNCHECKED)
+        known = words is not None and bool(words.value)
+        folder = self.dataset_settings().folder
+        return (
+            folder,
+            scan.started if scan else 0.0,
+            config,
+            self._base_key(),
+            self.base is not None,
+            known,
+            self._goal(),
+        )
+
+    def check_config(self) -> RunConfig:
+        """Return the configuration as it stands, also while settings contradict each other."""
+        from lorasmith.engine.config import RunConfig
+
+        try:
+            return self.draft.resolve(self.advice()).config
+        except ConfigError:
+            merged = self.draft.merged(self.advice())
+            sections = {}
+            for name, info in RunConfig.model_fields.items():
+                kind = info.annotation
+                if name != "version" and kind is not None:
+                    values = {key: merged[f"{name}.{key}"][0] for key in kind.model_fields}
+                    sections[name] = kind.model_validate(values)
+            # A copy is not validated: each section holds, only their combination does not.
+            return RunConfig().model_copy(update=sections)
+
     def look_at_words(self) -> Look | None:
         """Load the base's tokenizers; None while the base is not known."""
         base = self.base
@@ -96,7 +164,7 @@ class Known:
 
     def _dataset_key(self) -> tuple[object, ...]:
         settings = self.dataset_settings()
-        return settings.folder, settings.regularization_folder, settings.repeats, settings.alpha_background
+        return settings.folder, settings.model_dump_json(exclude=_UNSCANNED), _stamp(settings.overlay)
 
     def dataset_settings(self) -> DatasetSettings:
         """Return the dataset's settings as they stand."""
@@ -107,17 +175,6 @@ class Known:
             {name: merged[f"dataset.{name}"][0] for name in DatasetSettings.model_fields}
         )
 
-    def plan(self) -> BucketPlan | None:
-        """Return the bucket plan of the scanned pictures with the settings as they stand; kept until either changes."""
-        found = self.dataset
-        if found is None:
-            return None
-        multiple = self.base.family.SPEC.pixel_multiple if self.base else 8
-        key = (id(found), self.dataset_settings().model_dump_json(), multiple)
-        if self._plan is None or self._plan[0] != key:
-            self._plan = (key, found.plan(self.dataset_settings(), multiple))
-        return self._plan[1]
-
     def current(self, name: str) -> Look | None:
         """Return the look that answers the draft as it is now, done or not."""
         look = self.looks.get(name)
@@ -125,6 +182,7 @@ class Known:
             "base_model": self._base_key,
             "dataset": self._dataset_key,
             "words": self._base_key,
+            "checks": self._checks_key,
         }
         return look if look is not None and (name not in keys or look.key == keys[name]()) else None
 
@@ -140,10 +198,32 @@ class Known:
         look = self.current("dataset")
         return look.value if look is not None else None
 
+    @property
+    def shown_dataset(self) -> FoundDataset | None:
+        """What the last scan of this folder found, also while it is scanned again."""
+        return cast("FoundDataset | None", self._last("dataset"))
+
+    @property
+    def checked(self) -> Checked | None:
+        """What the checks say of the dataset and the settings as they stand."""
+        look = self.current("checks") if self.dataset is not None else None
+        return look.value if look is not None else None
+
+    @property
+    def shown_checks(self) -> Checked | None:
+        """What the last checks of this folder said, also while it is checked again."""
+        return cast("Checked | None", self._last("checks"))
+
+    def _last(self, name: str) -> Any:
+        look = self.looks.get(name)
+        same = look is not None and look.key[0] == self.dataset_settings().folder
+        return (look.value or look.before) if look is not None and same else None
+
     def advice(self) -> list[Advice]:
         """Return what is recommended for what is known; kept until something else is known."""
         hardware = self.looks["hardware"].value if "hardware" in self.looks else None
-        dataset = self.looks["dataset"].value if "dataset" in self.looks else None
+        scan = self.looks.get("dataset")
+        dataset = (scan.value or scan.before) if scan is not None else None
         key = (id(hardware), id(self.base), id(dataset), self.draft.is_demo, self.draft.kept.get("goal"))
         if self._advice[0] != key:
             self._advice = (key, recommend(self.draft, hardware, self.base, dataset))
@@ -156,17 +236,39 @@ class Known:
             look = self.current(name)
             if look is not None and look.error is not None:
                 found[key] = look.error
-        if (
-            self.dataset is not None
-            and self.dataset.captionless
-            and self.draft.value("dataset.missing_captions") == "ask"
-        ):
-            count = len(self.dataset.captionless)
-            found["dataset.missing_captions"] = DatasetError(
-                f"{count} pictures have no caption.", fix="Choose: use the trigger alone, or leave them out."
+        found |= self._caption_failure()
+        checked = self.checked
+        errors = checked.errors() if checked is not None else []
+        if errors and "dataset.folder" not in found:
+            found["dataset.folder"] = DatasetError(
+                " ".join(error.title for error in errors), fix="The dataset page shows them with what to do."
             )
         return found
+
+    def _caption_failure(self) -> dict[str, LorasmithError]:
+        checked = self.checked
+        if checked is not None:
+            return {} if checked.problem is None else {"dataset.missing_captions": checked.problem}
+        missing = self.dataset.captionless if self.dataset is not None else []
+        if not missing or self.draft.value("dataset.missing_captions") != "ask":
+            return {}
+        error = DatasetError(
+            f"{len(missing)} pictures have no caption.",
+            fix="Choose on the dataset page: the trigger alone, the file's or folder's name, or leave them out.",
+        )
+        return {"dataset.missing_captions": error}
 
     def problems(self) -> list[Problem]:
         """Return everything that keeps the run from starting."""
         return self.draft.problems(self.advice(), self.failures())
+
+
+def _stamp(path: str) -> tuple[int, int]:
+    """Return what changes whenever the file is written; zeros where there is none."""
+    if not path.strip():
+        return 0, 0
+    try:
+        facts = os.stat(os.path.expanduser(path))
+    except OSError:
+        return 0, 0
+    return facts.st_mtime_ns, facts.st_size

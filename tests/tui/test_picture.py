@@ -35,7 +35,7 @@ def shown(app: App[None]) -> str:
 async def loaded(app: App[None]) -> None:
     widget = app.query_one(Picture)
     for _ in range(500):
-        if not widget.loading():
+        if not widget.busy():
             break
         await asyncio.sleep(0.01)
 

@@ -1,28 +1,37 @@
-"""Third page: the pictures, what is used and what is not, and the prompts as they reach the text encoder."""
+"""Third page: the pictures, what is used and what is not, what was found, and the prompts as the encoder reads them."""
 
 from __future__ import annotations
 
-from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from rich.text import Text
 from textual import on
 from textual.app import ComposeResult
-from textual.containers import Vertical
-from textual.widgets import Input, Static
+from textual.binding import BindingType
+from textual.containers import Horizontal, Vertical
+from textual.widgets import Button, Input, Static
 
-from lorasmith.tui.fields import label_of
-from lorasmith.tui.forms import Choice, SafeInput, Status, told
+from lorasmith.tui.actions import Place, bindings
+from lorasmith.tui.fields import choices_of, label_of
+from lorasmith.tui.forms import Choice, SafeInput, SettingField, Status, field_id, told
+from lorasmith.tui.screens import dataset_text as say
 from lorasmith.tui.screens.page import WizardPage
-from lorasmith.tui.text import safe_str
+from lorasmith.tui.widgets.gallery import Gallery
+from lorasmith.tui.widgets.picture import can_draw_pictures
 
 if TYPE_CHECKING:
-    from lorasmith.engine.dataset.buckets import BucketPlan
-    from lorasmith.tui.findings import FoundDataset
+    from lorasmith.tui.findings import FoundDataset, Look
 
-MAX_REFUSALS = 200
-NUM_PROMPTS = 3
 FOLDERS = {"folder": "dataset.folder", "regularization": "dataset.regularization_folder"}
+MORE = (
+    "dataset.more_folders",
+    "dataset.weights",
+    "dataset.masks",
+    "dataset.alpha_background",
+    "dataset.overlay",
+)
+"""Settings of the page that few people need; they are shown on request."""
+STRIP_PICTURES = 60
 
 
 class DatasetPage(WizardPage):
@@ -30,24 +39,44 @@ class DatasetPage(WizardPage):
 
     PAGE = "dataset"
     AUTO_FOCUS = "#folder"
+    CSS_PATH = Path(__file__).with_name("dataset.tcss")
+    PLACES: ClassVar[tuple[Place, ...]] = ("app", "page", "dataset")
+    BINDINGS: ClassVar[list[BindingType]] = [*bindings("dataset")]
     HELP_TEXT: ClassVar[str] = (
         "The folder with your pictures and, beside each, its caption in a .txt or .caption file of the same name. "
-        "12 to 40 good pictures are plenty for one subject. The folder is only read, never written to.\n\n"
+        "12 to 40 good pictures are plenty for one subject. The folder is only read, never written to; a ZIP archive "
+        "or a Kohya dataset file (.toml) does as well.\n\n"
         "Sub-folders named 10_name repeat their pictures ten times.\n"
         "Regularization pictures (optional) show the same kind of thing without your subject; they keep the LoRA from "
-        "changing prompts without the trigger."
+        "changing prompts without the trigger.\n\n"
+        "Every picture is opened and checked here. Findings lists what is wrong and what to do about it, the gallery "
+        "shows all pictures, and captions can be edited; edits are kept beside the draft, not in your folder."
     )
 
     def compose_body(self) -> ComposeResult:
         """Folders, the question about captions, and what was found."""
-        merged = self.wizard.draft
+        draft, advice = self.wizard.draft, self.wizard.known.advice()
         for name, key in FOLDERS.items():
             yield Static(f"{label_of(key)}{' (optional)' if name == 'regularization' else ''}", markup=False)
-            yield SafeInput(merged.text(key, self.wizard.known.advice()), id=name, placeholder="/path/to/folder")
+            yield SafeInput(draft.text(key, advice), id=name, placeholder="/path/to/folder")
         with Vertical(id="captions"):
             yield Static("", id="captions-question", markup=False)
-            yield Choice(("ask", "trigger", "exclude"), merged.text("dataset.missing_captions"), id="captions-choice")
+            key = "dataset.missing_captions"
+            yield Choice(choices_of(key), draft.text(key, advice), id="captions-choice")
         yield Status(id="found", classes="gap")
+        yield Gallery(id="strip")
+        yield Status(id="findings", classes="gap")
+        with Horizontal(id="closer"):
+            yield Button("Findings (f)", id="open-findings", compact=True)
+            yield Button("Gallery (g)", id="open-gallery", compact=True)
+            yield Button("Captions (c)", id="open-captions", compact=True)
+        yield Status(id="details", classes="gap")
+        yield Vertical(id="more")
+
+    def compose_buttons(self) -> ComposeResult:
+        """The toggle and Next."""
+        yield Button("More settings (m)", id="more-settings", compact=True)
+        yield from super().compose_buttons()
 
     def on_mount(self) -> None:
         """Show what is known; the demo's own pictures are scanned right away."""
@@ -55,8 +84,18 @@ class DatasetPage(WizardPage):
         self.wizard.known.look_at_base()
         self.wizard.known.look_at_dataset()
         self.refresh_page()
+        if self.wizard.draft.kept.get("more_settings"):
+            self.run_worker(self._show_more())
 
-    @on(Input.Changed)
+    def on_screen_resume(self) -> None:
+        """Look at the dataset again where a screen over this one changed its captions."""
+        if self.ready and self.wizard.known.shown_dataset is not None:
+            self.wizard.known.look_again()
+            self.refresh_page()
+
+    # Typing
+
+    @on(Input.Changed, "#folder, #regularization")
     def _typed(self, event: Input.Changed) -> None:
         self.wizard.change(FOLDERS[str(event.input.id)], event.value)
 
@@ -70,16 +109,31 @@ class DatasetPage(WizardPage):
     def _captions_decided(self, event: Choice.Changed) -> None:
         self.wizard.change("dataset.missing_captions", event.value)
 
+    @on(SettingField.Changed)
+    def _setting_changed(self, event: SettingField.Changed) -> None:
+        self.wizard.change(event.key, event.text)
+        if self.query_one(f"#{field_id(event.key)}", SettingField).query(Choice):
+            self.wizard.known.look_at_dataset()
+
     def reveal(self, key: str) -> None:
-        """Move to the folder or the question that a problem is about."""
+        """Move to the folder, the question or the setting that a problem is about."""
         names = {path: f"#{name}" for name, path in FOLDERS.items()} | {"dataset.missing_captions": "#captions-choice"}
         if key in names:
             self.query_one(names[key]).focus()
+        elif key in MORE:
+            self.run_worker(self._reveal(key))
+
+    async def _reveal(self, key: str) -> None:
+        await self._show_more()
+        self.query_one(f"#{field_id(key)}", SettingField).control.focus()
 
     def take_typed(self) -> None:
-        """Take both folders."""
+        """Take every text field."""
         for name, key in FOLDERS.items():
             self.wizard.change(key, self.query_one(f"#{name}", SafeInput).value)
+        for field in self.query(SettingField):
+            if isinstance(field.control, SafeInput):
+                self.wizard.change(field.key, field.control.value)
 
     def accept(self) -> bool:
         """Scan a new folder first; a scanned one goes on."""
@@ -90,104 +144,138 @@ class DatasetPage(WizardPage):
         self.refresh_page()
         if look is None:
             self.hint("Type the folder's path first; the step list (s) goes on without.")
+        else:
+            self._leave_text_field(look)
         return False
+
+    def _leave_text_field(self, look: Look) -> None:
+        """Move on to Next, so that the letters of the page work; what a field was typed for is done."""
+        if isinstance(self.focused, SafeInput) and look.error is None:
+            self.query_one("#next").focus(scroll_visible=False)
+
+    # Opening what lies over the page
+
+    def action_findings(self) -> None:
+        """Show each finding with its pictures."""
+        from lorasmith.tui.screens.dataset_findings import FindingsScreen
+
+        if self._scanned():
+            self.app.push_screen(FindingsScreen())
+
+    def action_gallery(self) -> None:
+        """Show all pictures."""
+        from lorasmith.tui.screens.dataset_gallery import GalleryScreen
+
+        if self._scanned():
+            self.app.push_screen(GalleryScreen())
+
+    def action_captions(self) -> None:
+        """Edit the captions."""
+        from lorasmith.tui.screens.dataset_sheet import open_captions
+
+        found = self._scanned()
+        if found is not None:
+            open_captions(self.wizard, found)
+
+    def _scanned(self) -> FoundDataset | None:
+        found = self.wizard.known.shown_dataset
+        if found is None:
+            self.hint("The pictures must be looked at first: type their folder and press Enter.")
+        return found
+
+    async def action_more_settings(self) -> None:
+        """Show the settings that few people need, or put them away."""
+        if self.wizard.draft.kept.pop("more_settings", None):
+            await self.query_one("#more").remove_children()
+        else:
+            await self._show_more()
+            self.query(SettingField).first().control.focus()
+        self.wizard.touch()
+
+    async def _show_more(self) -> None:
+        self.wizard.draft.kept["more_settings"] = "yes"
+        if not self.query(SettingField):
+            advice = self.wizard.known.advice()
+            fields = [SettingField(key, self.wizard.draft.text(key, advice)) for key in MORE]
+            await self.query_one("#more").mount(Static("More settings", classes="gap", markup=False), *fields)
+        self.refresh_page()
+
+    @on(Button.Pressed)
+    async def _pressed(self, event: Button.Pressed) -> None:
+        opens = {"open-findings": "findings", "open-gallery": "gallery", "open-captions": "captions"}
+        if event.button.id in opens:
+            event.stop()
+            await self.run_action(opens[event.button.id])
+        elif event.button.id == "more-settings":
+            event.stop()
+            await self.action_more_settings()
+
+    @on(Gallery.Opened, "#strip")
+    def _picture_opened(self) -> None:
+        self.action_gallery()
+
+    # Showing
 
     def refresh_page(self) -> None:
         """Show the scan, or how far it is."""
-        look = self.wizard.known.current("dataset")
-        found = self.query_one("#found", Status)
+        known = self.wizard.known
+        look, dataset = known.current("dataset"), known.shown_dataset
         captions = self.query_one("#captions")
-        captions.display = look is not None and look.value is not None and bool(look.value.captionless)
+        captions.display = dataset is not None and bool(dataset.captionless)
         self.hint("Enter: scan, then go on · Page Up and Down: scroll")
+        self._show_fields()
+        self._show_state(look, dataset)
+        shown = dataset is not None and (look is None or look.error is None)
+        for name in ("#findings", "#closer", "#details"):
+            self.query_one(name).display = shown
+        strip = self.query_one("#strip", Gallery)
+        strip.display = shown and can_draw_pictures() and self.has_class("-tall")
+        if dataset is not None and shown:
+            self._show(dataset, strip)
+
+    def _show_state(self, look: Look | None, dataset: FoundDataset | None) -> None:
+        found = self.query_one("#found", Status)
         if look is None:
             found.say("Press Enter to look at the pictures.")
-        elif not look.done:
-            found.say(look.progress())
         elif look.error is not None:
             found.say(told(look.error))
+        elif dataset is None:
+            found.say(look.progress())
         else:
-            self._show(look.value, found)
+            text = say.dataset_text(dataset)
+            found.say(text if look.done else text.append(f"\n  {look.progress()}"))
 
-    def _show(self, dataset: FoundDataset, found: Status) -> None:
-        missing = dataset.captionless
-        if missing:
-            names = ", ".join(item.relative for item in missing[:4]) + ("…" if len(missing) > 4 else "")
-            question = (
-                f"! {len(missing)} without a caption: {names}\n"
-                "ask: stop the start · trigger: the word alone · exclude: leave them out"
-            )
-            self.query_one("#captions-question", Static).update(Text(safe_str(question, lines=True)))
-        text = dataset_text(dataset)
-        plan = self.wizard.known.plan()
-        if plan is not None:
-            text.append_text(buckets_text(plan))
-        trigger = str(self.wizard.draft.value("captions.trigger", self.wizard.known.advice()))
-        text.append_text(prompts_text(dataset, trigger))
-        text.append_text(refusals_text(dataset))
-        found.say(text)
+    def _show(self, dataset: FoundDataset, strip: Gallery) -> None:
+        from lorasmith.tui.screens.dataset_sheet import tiles_of
 
-    def help_for_focus(self) -> tuple[str, str]:
-        """Explain the page; its fields are few."""
-        return "Dataset", self.HELP_TEXT
+        known = self.wizard.known
+        known.look_at_base()
+        known.look_at_words()
+        known.look_at_checks()
+        look, checked = known.looks.get("checks"), known.shown_checks
+        if dataset.captionless:
+            self.query_one("#captions-question", Static).update(say.missing_text(dataset.captionless))
+        strip.show(tiles_of(dataset.pictures[:STRIP_PICTURES], checked))
+        findings, details = self.query_one("#findings", Status), self.query_one("#details", Status)
+        if look is not None and look.error is not None:
+            findings.say(told(look.error))
+        elif checked is None:
+            findings.say(look.progress() if look is not None else "")
+        else:
+            findings.say(say.findings_text(checked.findings))
+        details.say(say.details_text(dataset, checked) if checked is not None else say.refusals_text(dataset))
+        self.hint("Enter: go on · f findings · g gallery · c captions (Tab leaves a text field)")
 
-
-def dataset_text(found: FoundDataset) -> Text:
-    """Return the counts: found = used + not used, captions, regularization, notes about pictures."""
-    dataset, pictures = found.dataset, found.pictures
-    text = Text()
-    text.append("✓ ")
-    regular = len(dataset.items) - len(pictures)
-    also = f" and {regular} regularization pictures" if regular else ""
-    text.append(f"{len(pictures)} pictures{also}", "bold")
-    text.append(f" · {len(dataset.refused)} of {dataset.found} files not used\n")
-    text.append(f"  Captions: {len(dataset.items) - len(found.captionless)} found, {len(found.captionless)} missing\n")
-    notes = Counter(note for item in dataset.items for note in item.notes)
-    for note, count in notes.most_common(5):
-        text.append(f"  {count}× {safe_str(note)}\n", "dim")
-    return text
-
-
-def buckets_text(plan: BucketPlan) -> Text:
-    """Return the bucket table: size, pictures, what is cut off at most, and the most enlargement."""
-    text = Text()
-    text.append("\nSize          pictures  cut off at most  enlarged at most\n", "bold")
-    for name, count in plan.counts().items():
-        samples = [sample for sample in plan.samples if str(sample.bucket) == name]
-        crop = max(sample.crop_loss for sample in samples)
-        scale = max(sample.scale for sample in samples)
-        enlarged = f"{scale:.2f}×" if scale > 1 else "–"
-        text.append(f"{name.replace('x', ' × '):<12}{count:>10}{crop:>17.1%}{enlarged:>18}\n")
-    return text
-
-
-def prompts_text(found: FoundDataset, trigger: str) -> Text:
-    """Return the first prompts exactly as they reach the text encoder."""
-    from lorasmith.engine.dataset.captions import compose
-
-    text = Text()
-    text.append("\nPrompts as the text encoder reads them\n", "bold")
-    for item in found.pictures[:NUM_PROMPTS]:
-        text.append(f"  {safe_str(compose(item.caption, trigger))}\n")
-        text.append(f"    {safe_str(item.relative)}\n", "dim")
-    regular = next((item for item in found.dataset.items if item.regularization), None)
-    if regular is not None:
-        text.append(f"  {safe_str(compose(regular.caption, trigger, True))}\n")
-        text.append(f"    {safe_str(regular.relative)} (regularization)\n", "dim")
-    return text
-
-
-def refusals_text(found: FoundDataset) -> Text:
-    """Return every file that is not used, with its reason."""
-    refused = found.dataset.refused
-    text = Text()
-    if refused:
-        text.append(f"\nNot used ({len(refused)})\n", "bold")
-    for refusal in refused[:MAX_REFUSALS]:
-        text.append(f"  {safe_str(refusal.relative)}: {safe_str(refusal.reason)}\n")
-    if len(refused) > MAX_REFUSALS:
-        text.append(f"  … and {len(refused) - MAX_REFUSALS} more; `lorasmith check` lists all\n")
-    text.rstrip()
-    return text
+    def _show_fields(self) -> None:
+        draft, advice = self.wizard.draft, self.wizard.known.advice()
+        fields = list(self.query(SettingField))
+        if not fields:
+            return
+        merged = draft.merged(advice)
+        problems = {problem.key: problem.message for problem in self.wizard.known.problems()}
+        for field in fields:
+            origin = "wizard" if draft.changed(field.key) else merged[field.key][1]
+            field.tell(origin, "", problems.get(field.key, ""))
 
 
 PAGE_CLASS = DatasetPage

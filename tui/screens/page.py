@@ -12,7 +12,7 @@ from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.screen import Screen
 from textual.widgets import Button, Footer, Input, OptionList, Static
 
-from lorasmith.tui.actions import bindings
+from lorasmith.tui.actions import Place, bindings
 from lorasmith.tui.draft import PAGES
 from lorasmith.tui.text import safe_text
 
@@ -32,6 +32,7 @@ class WizardPage(Screen[None]):
 
     PAGE: ClassVar[str] = "hardware"
     HELP_TEXT: ClassVar[str] = ""
+    PLACES: ClassVar[tuple[Place, ...]] = ("app", "page", "settings", "review")
     BINDINGS: ClassVar[list[BindingType]] = [*bindings("page")]
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (80, "-normal"), (120, "-wide")]  # noqa: RUF012
     VERTICAL_BREAKPOINTS = [(0, "-short"), (32, "-tall")]  # noqa: RUF012
@@ -176,7 +177,7 @@ class WizardPage(Screen[None]):
         """Explain the focused widget."""
         from lorasmith.tui.screens.help import HelpScreen
 
-        self.app.push_screen(HelpScreen(*self.help_for_focus()))
+        self.app.push_screen(HelpScreen(*self.help_for_focus(), self.PLACES))
 
     @on(Button.Pressed, "#next")
     def _next_pressed(self) -> None:

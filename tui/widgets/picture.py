@@ -42,7 +42,7 @@ class Picture(Painted):
         self._path, self._caption = path, caption
         self._request()
 
-    def loading(self) -> bool:
+    def busy(self) -> bool:
         """Whether the picture is still to come."""
         return self._loaded.loading()
 
