@@ -71,7 +71,7 @@ def build(family: Family, config: RunConfig) -> tuple[Learner, Material]:
     latents = {sample.index: torch.randn(shape, generator=generator) for sample in plan.samples}
     adapter = attach_adapter(family, config.adapter, config.run.seed)
     loader = Loader(plan, latents, config)
-    prompts = sorted(loader.all_captions(config.train.steps))
+    prompts = sorted(loader.epochs.all_captions(config.train.steps) or ())
     with torch.no_grad():
         encoded = dict(zip(prompts, family.encode_prompts(prompts), strict=True))
     family.release_encoders()

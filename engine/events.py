@@ -52,12 +52,16 @@ class StageChanged(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Progress(Event):
-    """How far a stage other than training is: `done` of `total` things, e.g. pictures encoded."""
+    """How far a stage other than training is: `done` of `total` things, e.g. pictures encoded.
+
+    `seconds_left` is None before there is a pace to judge by.
+    """
 
     stage: Stage
     label: str
     done: int
     total: int
+    seconds_left: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

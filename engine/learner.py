@@ -35,7 +35,11 @@ TensorGroups = dict[str, dict[str, Tensor]]
 
 @dataclass
 class Learner:
-    """Everything that a step needs. `conditionings` holds cached prompts, None while the text encoder is trained."""
+    """Everything that a step needs.
+
+    `conditionings` holds cached prompts; None where the text encoder stays in memory and encodes them as they come:
+    because it is trained, or because there are too many.
+    """
 
     family: Family
     adapter: Adapter
@@ -71,7 +75,10 @@ class Learner:
         device, dtype = self.family.device, self.family.dtype
         latents = batch.latents.to(device, torch.float32, non_blocking=True)
         weights = batch.weights.to(device, non_blocking=True)
-        noisy = self.objective.prepare(latents, weights, step, first)
+        pixel_weights = batch.pixel_weights
+        if pixel_weights is not None:
+            pixel_weights = pixel_weights.to(device, non_blocking=True)
+        noisy = self.objective.prepare(latents, weights, step, first, pixel_weights)
         conditioning = self.family.collate(self._conditionings(batch.captions))
         prediction = self.family.predict(noisy.noisy.to(dtype), noisy.timesteps, conditioning)
         return weighted_loss(prediction, noisy)
@@ -95,7 +102,8 @@ class Learner:
 
     def _conditionings(self, captions: list[str]) -> list[Conditioning]:
         if self.conditionings is None:
-            return self.family.encode_prompts(captions)
+            with torch.set_grad_enabled(self.config.adapter.text_encoder):
+                return self.family.encode_prompts(captions)
         return [self.conditionings[caption] for caption in captions]
 
     def _update(self) -> Tensor:

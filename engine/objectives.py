@@ -20,15 +20,22 @@ from lorasmith.engine.draws import python_rng, torch_rng
 from lorasmith.engine.errors import BaseModelError
 from lorasmith.engine.families import Family
 
+MIN_MASK_MEAN = 0.1
+"""No pixel under a mask counts more than 1 / 0.1 times as much as one of a picture without a mask."""
+
 
 @dataclass
 class NoisyBatch:
-    """One micro-batch ready for the denoiser: `noisy` and `target` (B, C, h, w), `timesteps` (B,), `weights` (B,)."""
+    """One micro-batch ready for the denoiser: `noisy` and `target` (B, C, h, w), `timesteps` (B,), `weights` (B,).
+
+    `pixel_weights` (B, 1, h, w) are those of the pictures' masks, None where no picture has one.
+    """
 
     noisy: Tensor
     timesteps: Tensor
     target: Tensor
     weights: Tensor
+    pixel_weights: Tensor | None = None
 
 
 class DdpmObjective:
@@ -58,11 +65,13 @@ class DdpmObjective:
         self._noise = (1.0 - alphas).sqrt().float().to(device)
         self._weights = weights.float().to(device)
 
-    def prepare(self, latents: Tensor, weights: Tensor, step: int, first: int) -> NoisyBatch:
+    def prepare(
+        self, latents: Tensor, weights: Tensor, step: int, first: int, pixel_weights: Tensor | None = None
+    ) -> NoisyBatch:
         """Add noise to `latents` (B, C, h, w) on the device, keeping their dtype.
 
         `step` counts the steps finished before; `first` is the place of the first picture among those of this step.
-        `weights` (B,) are the pictures' own (1, or prior_weight for regularization).
+        `weights` (B,) are the pictures' own (1, or prior_weight for regularization), `pixel_weights` those of masks.
         """
         timesteps = self._draw_timesteps(len(latents), step, first).to(latents.device, non_blocking=True)
         noise = self._draw_noise(latents, step, first).to(latents.device, non_blocking=True)
@@ -71,7 +80,7 @@ class DdpmObjective:
         clean = latents.float()
         target = signal * noise - amount * clean if self.velocity else noise
         noisy = (signal * clean + amount * noise).to(latents.dtype)
-        return NoisyBatch(noisy, timesteps, target, weights * self._weights[timesteps])
+        return NoisyBatch(noisy, timesteps, target, weights * self._weights[timesteps], pixel_weights)
 
     def _draw_timesteps(self, num: int, step: int, first: int) -> Tensor:
         places = range(first, first + num)
@@ -104,9 +113,25 @@ def build_objective(family: Family, settings: ObjectiveSettings, seed: int) -> D
 
 
 def weighted_loss(prediction: Tensor, batch: NoisyBatch) -> Tensor:
-    """Return the mean over pictures of weight · mean squared error, in fp32."""
-    errors = (prediction.float() - batch.target).square().flatten(1).mean(dim=1)
-    return (errors * batch.weights).mean()
+    """Return the mean over pictures of weight · mean of (pixel weight · squared error), in fp32."""
+    errors = (prediction.float() - batch.target).square()
+    if batch.pixel_weights is not None:
+        errors = errors * batch.pixel_weights
+    return (errors.flatten(1).mean(dim=1) * batch.weights).mean()
+
+
+def mask_weights(mask: Tensor, unmasked_weight: float) -> Tensor:
+    """Return the loss weight of each latent pixel (1, h, w) from a mask (1, h, w) uint8, 255 where to learn.
+
+    The weight is 1 under the mask and `unmasked_weight` elsewhere, linear in between, then divided by its mean over the
+    picture, so that a picture counts as much as others however small its mask is. Trainers differ in that: sd-scripts
+    (apply_masked_loss) never divides, OneTrainer (masked_losses) does so by picture if asked to, ai-toolkit (SDTrainer)
+    always but by the batch, so that pictures would depend on their neighbors. The divisor is at least `MIN_MASK_MEAN`:
+    a speck is not blown up without bound, and a black mask with weight 0 leaves nothing to learn.
+    """
+    outside = 1.0 - mask.float() / 255.0
+    weights = 1.0 - (1.0 - unmasked_weight) * outside
+    return weights / weights.mean().clamp(min=MIN_MASK_MEAN)
 
 
 def alphas_cumprod(noise_schedule: Mapping[str, Any]) -> Tensor:

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine import memory, storage
-from lorasmith.engine.dataset.buckets import BucketPlan, plan_buckets
+from lorasmith.engine.dataset.buckets import BucketPlan, BucketRow, plan_buckets
+from lorasmith.engine.dataset.cache_size import forecast_cache, max_prompts, numbers_of_prompt
+from lorasmith.engine.dataset.epochs import Epochs
 from lorasmith.engine.families import families
 
 if TYPE_CHECKING:
@@ -24,16 +26,7 @@ if TYPE_CHECKING:
     from lorasmith.engine.sources import BaseFiles
 
 _MANY_VIEWS = 400
-
-
-@dataclass(frozen=True)
-class BucketRow:
-    """One training size: `pictures` of it, seen `uses` times an epoch in `batches` batches."""
-
-    size: str
-    pictures: int
-    uses: int
-    batches: int
+_COUNTED_PROMPTS = 20_000
 
 
 @dataclass(frozen=True)
@@ -54,6 +47,13 @@ class Plan:
     epochs: float | None
     views_per_picture: float | None
     buckets: tuple[BucketRow, ...]
+    left_out_resolutions: int
+    """Pictures times resolutions that are left out because they would enlarge too much."""
+    num_latents: int | None
+    num_prompts: int | None
+    """Different prompts of the whole run; None also where there are too many to encode them ahead."""
+    cache_bytes: int | None
+    cache_free_bytes: int
     adapter_parameters: int | None
     adapter_modules: int | None
     checkpoint_bytes: int | None
@@ -77,7 +77,8 @@ class Plan:
         rows = [("base model", self.base), ("steps", self._steps_words())]
         if self.pictures is not None:
             rows.append(("pictures", self._pictures_words()))
-            rows.append(("buckets", ", ".join(f"{row.size}: {row.pictures}" for row in self.buckets)))
+            rows.append(("buckets", self._buckets_words()))
+            rows.append(("cache", self._cache_words()))
         rows.append(("LoRA", self._adapter_words()))
         rows.append(("disk", self._disk_words()))
         if self.weights_bytes:
@@ -100,6 +101,20 @@ class Plan:
         if self.regularization:
             words += f"; {self.regularization} for regularization"
         return words + (f"; {self.refused} file{'s' if self.refused > 1 else ''} refused" if self.refused else "")
+
+    def _buckets_words(self) -> str:
+        words = ", ".join(f"{row.size}: {row.pictures}" for row in self.buckets)
+        if not self.left_out_resolutions:
+            return words
+        return f"{words}; {self.left_out_resolutions} left out of a resolution that would enlarge them too much"
+
+    def _cache_words(self) -> str:
+        texts = "captions encoded as they come" if self.num_prompts is None else f"{self.num_prompts} captions"
+        words = f"{self.num_latents} encoded pictures, {texts}"
+        if self.cache_bytes is None:
+            return words
+        free = storage.readable_size(self.cache_free_bytes)
+        return f"about {storage.readable_size(self.cache_bytes)} for {words}; {free} free"
 
     def _adapter_words(self) -> str:
         if self.adapter_parameters is None or self.export_bytes is None:
@@ -126,7 +141,8 @@ def build_plan(
     """Return the plan of a run from whatever is known so far; reads headers, writes nothing."""
     config = resolved.config
     spec = families()[identity.family].SPEC if identity is not None else None
-    buckets = plan_buckets(dataset.items, config.dataset, spec.pixel_multiple if spec else 8) if dataset else None
+    multiple = spec.pixel_multiple if spec else 8
+    buckets = plan_buckets(dataset.items, config.dataset, multiple, config.run.seed) if dataset else None
     shapes = memory.adapted_layers(config.adapter, spec, files) if spec is not None and files is not None else None
     parameters = None if shapes is None else memory.num_parameters(shapes, config.adapter)
     largest = max((s.bucket.width * s.bucket.height for s in buckets.samples), default=0) if buckets else 0
@@ -140,7 +156,10 @@ def build_plan(
         batch_size=config.train.batch_size,
         gradient_accumulation=config.train.gradient_accumulation,
         **_epochs(config, dataset, buckets),
-        buckets=_bucket_rows(buckets, config.train.batch_size) if buckets else (),
+        buckets=buckets.rows(config.train.batch_size) if buckets else (),
+        left_out_resolutions=len(buckets.left_out) if buckets else 0,
+        **_cache_sizes(config, buckets, identity),
+        cache_free_bytes=storage.free_bytes(storage.cache_folder()),
         **_adapter_sizes(config, shapes, parameters),
         num_checkpoints=_num_checkpoints(config),
         num_previews=_num_previews(config),
@@ -181,8 +200,8 @@ def _epochs(config: RunConfig, dataset: Dataset | None, buckets: BucketPlan | No
     batches = buckets.batches_per_epoch(config.train.batch_size)
     regularization = sum(item.regularization for item in dataset.items)
     pictures = len(dataset.items) - regularization
-    uses = sum(round(sample.item.repeats) for sample in buckets.samples)
-    own_uses = sum(round(sample.item.repeats) for sample in buckets.samples if not sample.item.regularization)
+    uses = sum(row.uses for row in buckets.rows(config.train.batch_size))
+    own_uses = sum(view.repeats for view in buckets.views if not view.samples[0].item.regularization)
     steps_per_epoch = batches / config.train.gradient_accumulation
     epochs = config.train.steps / steps_per_epoch if batches else 0.0
     counts = (pictures, regularization, len(dataset.refused), uses, batches)
@@ -193,14 +212,24 @@ def _epochs(config: RunConfig, dataset: Dataset | None, buckets: BucketPlan | No
     }
 
 
-def _bucket_rows(buckets: BucketPlan, batch_size: int) -> tuple[BucketRow, ...]:
-    uses: dict[str, int] = {}
-    for sample in buckets.samples:
-        uses[str(sample.bucket)] = uses.get(str(sample.bucket), 0) + round(sample.item.repeats)
-    return tuple(
-        BucketRow(size, count, uses[size], math.ceil(uses[size] / batch_size))
-        for size, count in buckets.counts().items()
-    )
+def _cache_sizes(config: RunConfig, buckets: BucketPlan | None, identity: BaseIdentity | None) -> dict[str, int | None]:
+    """Count what is encoded ahead, and its bytes on disk once the base model is known."""
+    if buckets is None or not buckets.samples:
+        return dict.fromkeys(("num_latents", "num_prompts", "cache_bytes"))
+    spec = families()[identity.family].SPEC if identity is not None else None
+    # As `compute.choose_compute` decides, but without asking the machine: auto is taken as 16 bits.
+    number_bytes = 4 if config.train.precision == "fp32" or config.train.device == "cpu" else 2
+    numbers = numbers_of_prompt(spec, identity) if spec is not None else 0
+    prompts = None
+    if not config.adapter.text_encoder:
+        limit = max_prompts(numbers, number_bytes) if spec is not None else _COUNTED_PROMPTS
+        num_micro = config.train.steps * config.train.gradient_accumulation
+        prompts = Epochs(buckets, config).all_captions(num_micro, limit)
+    size = None
+    if spec is not None:
+        size = forecast_cache(buckets, spec, len(prompts or ()), number_bytes=number_bytes, prompt_numbers=numbers)
+    num_prompts = None if prompts is None else len(prompts)
+    return {"num_latents": len(buckets.samples), "num_prompts": num_prompts, "cache_bytes": size}
 
 
 def _export_bytes(config: RunConfig, modules: int, parameters: int) -> int:
@@ -226,6 +255,8 @@ def _warnings(config: RunConfig, plan: Plan) -> list[str]:
     found = []
     if plan.disk_needed_bytes is not None and plan.disk_needed_bytes > plan.disk_free_bytes:
         found.append("The disk has less free space than the run can need; free some or lower checkpoints.keep.")
+    if plan.cache_bytes is not None and plan.cache_bytes > plan.cache_free_bytes:
+        found.append("The disk of the cache is too small for it: every start encodes all pictures and captions again.")
     if plan.epochs is not None and 0 < plan.epochs < 1:
         found.append(f"{plan.steps} steps are less than one epoch: not every picture is seen.")
     if plan.views_per_picture is not None and plan.views_per_picture > _MANY_VIEWS:

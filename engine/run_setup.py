@@ -17,11 +17,11 @@ from lorasmith.engine.compute import Compute, package_versions
 from lorasmith.engine.config import RunConfig
 from lorasmith.engine.controls import Host, RunPaths
 from lorasmith.engine.dataset.buckets import BucketPlan, plan_buckets
-from lorasmith.engine.dataset.cache import cache_latents, cache_prompts
 from lorasmith.engine.dataset.items import Dataset
 from lorasmith.engine.dataset.loader import Loader
 from lorasmith.engine.dataset.scan import require_captions, scan_dataset
-from lorasmith.engine.events import DatasetReady, Event, Logged, Progress, RunStarted, Stage, StageChanged
+from lorasmith.engine.encoding import Encoder, report_progress
+from lorasmith.engine.events import DatasetReady, Event, Logged, RunStarted, StageChanged
 from lorasmith.engine.families import BaseIdentity, Conditioning, Family, FamilyModule, identify_base
 from lorasmith.engine.learner import Learner, build_learner
 from lorasmith.engine.previews import preview_prompts
@@ -72,7 +72,7 @@ def announce(
 def find_base(config: RunConfig, emit: Callable[[Event], None]) -> FoundBase:
     """Locate and recognise the base model from its headers; a model on the Hub is downloaded."""
     emit(StageChanged(stage="scan", label="Checking the base model and the dataset"))
-    files = locate_base(config.base.model, config.base.revision, _progress(emit, "scan"))
+    files = locate_base(config.base.model, config.base.revision, report_progress(emit, "scan"))
     module, identity = identify_base(files, config.base.family)
     if config.base.prediction != "auto":
         identity = dataclasses.replace(identity, prediction=config.base.prediction)
@@ -91,12 +91,12 @@ def read_dataset(config: RunConfig, pixel_multiple: int, emit: Callable[[Event],
 
     Bucket sides are multiples of `pixel_multiple` pixels, as the base model's family asks for.
     """
-    on_progress = _progress(emit, "scan")
+    on_progress = report_progress(emit, "scan")
     dataset = scan_dataset(config.dataset, lambda done, total: on_progress("Reading pictures", done, total))
     dataset = require_captions(dataset, config.dataset)
     for refusal in dataset.refused:
         emit(Logged(severity="warning", message=f"Left out {refusal.relative}: {refusal.reason}"))
-    plan = plan_buckets(dataset.items, config.dataset, pixel_multiple)
+    plan = plan_buckets(dataset.items, config.dataset, pixel_multiple, config.run.seed)
     emit(
         DatasetReady(
             images=len(dataset.items),
@@ -126,31 +126,13 @@ def build_training(
 ) -> Learner | None:
     """Encode pictures and prompts once, let the encoders go, and return the learner; None where the user stopped it."""
     emit(StageChanged(stage="cache", label="Encoding pictures and captions"))
-    on_progress = _progress(emit, "cache")
-    samples, train_text = material.plan.samples, config.adapter.text_encoder
-
-    def pictures_done(done: int, total: int) -> None:
-        on_progress("Encoding pictures", done, total)
-
-    latents = cache_latents(samples, family, files.fingerprint("vae"), config.dataset, pictures_done, should_stop)
-    if should_stop():
+    encoder = Encoder(config, files, family, material.plan, emit, should_stop)
+    encoded = encoder.encode([*material.prompts, config.previews.negative_prompt])
+    if encoded is None:
         return None
-    loader = Loader(material.plan, latents, config)
-    conditionings = None
-    if not train_text:
-        prompts = loader.all_captions(config.train.steps * config.train.gradient_accumulation)
-        prompts |= {*material.prompts, config.previews.negative_prompt}
-        conditionings = cache_prompts(
-            sorted(prompts),
-            family,
-            files.fingerprint("text_encoder"),
-            lambda done, total: on_progress("Encoding captions", done, total),
-            should_stop,
-        )
-        if should_stop():
-            return None
-    family.release_encoders(keep_text=train_text)
-    return build_learner(family, adapter, loader, conditionings, config)
+    family.release_encoders(keep_text=encoded.conditionings is None)
+    loader = Loader(material.plan, encoded.pictures.latents, config, encoded.pictures.masks)
+    return build_learner(family, adapter, loader, encoded.conditionings, config)
 
 
 def require_space(config: RunConfig, run: RunPaths, num_parameters: int) -> None:
@@ -179,14 +161,3 @@ def preview_conditionings(learner: Learner, material: Material) -> dict[str, Con
         return {prompt: learner.conditionings[prompt] for prompt in prompts}
     with torch.no_grad():
         return dict(zip(prompts, learner.family.encode_prompts(prompts), strict=True))
-
-
-def _progress(emit: Callable[[Event], None], stage: Stage) -> Callable[[str, int, int], None]:
-    """Return a callback that emits at most some two hundred Progress events for each thing counted."""
-
-    def on_progress(label: str, done: int, total: int) -> None:
-        stride = max(1, total // 200)
-        if done % stride == 0 or done == total:
-            emit(Progress(stage=stage, label=label, done=done, total=total))
-
-    return on_progress

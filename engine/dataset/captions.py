@@ -60,16 +60,15 @@ def caption_for(item: ImageItem, settings: CaptionSettings, seed: int, epoch: in
         expand_wildcards(text, rng.choice) if settings.wildcards else text
         for text in (settings.prefix, caption, settings.suffix)
     )
-    caption = _without_trigger(caption, _tidy(settings.trigger))
     if settings.shuffle or settings.tag_dropout > 0:
-        tags = split_tags(caption)
+        tags = split_tags(_without_trigger(caption, _tidy(settings.trigger)))
         with_trigger = bool(settings.trigger) and not item.regularization
         kept = max(0, settings.keep_tokens - with_trigger)
         tail = [tag for tag in tags[kept:] if rng.random() >= settings.tag_dropout]
         if settings.shuffle:
             rng.shuffle(tail)
         caption = ", ".join(tags[:kept] + tail)
-    return compose(f"{prefix} {caption} {suffix}", settings.trigger, item.regularization)
+    return _joined(prefix, caption, suffix, settings.trigger, item.regularization)
 
 
 def full_prompt(caption: str | None, settings: CaptionSettings, regularization: bool = False) -> str:
@@ -78,10 +77,11 @@ def full_prompt(caption: str | None, settings: CaptionSettings, regularization: 
     Where one has to be drawn, the longest counts: of the lines to choose from, and of the choices of a wildcard.
     """
     caption = max(caption_choices([caption or ""], settings), key=len, default="")
-    texts = (settings.prefix, caption, settings.suffix)
-    if settings.wildcards:
-        texts = tuple(expand_wildcards(text, lambda choices: max(choices, key=len)) for text in texts)
-    return compose(" ".join(texts), settings.trigger, regularization)
+    prefix, caption, suffix = (
+        expand_wildcards(text, lambda choices: max(choices, key=len)) if settings.wildcards else text
+        for text in (settings.prefix, caption, settings.suffix)
+    )
+    return _joined(prefix, caption, suffix, settings.trigger, regularization)
 
 
 def sample_prompts(
@@ -117,16 +117,16 @@ def expand_wildcards(text: str, choose: Callable[[list[str]], str]) -> str:
     """Return `text` with every `{one|two}` replaced by what `choose` picks of its choices, inner groups first."""
     # Each open brace has a frame of its choices so far; the first frame is the text itself.
     frames = [[""]]
-    for token in _WILDCARD_TOKEN.findall(text):
-        if token == "{":
+    for piece in _WILDCARD_TOKEN.findall(text):
+        if piece == "{":
             frames.append([""])
-        elif token == "|" and len(frames) > 1:
+        elif piece == "|" and len(frames) > 1:
             frames[-1].append("")
-        elif token == "}" and len(frames) > 1:
+        elif piece == "}" and len(frames) > 1:
             choices = frames.pop()
             frames[-1][-1] += choose(choices) if len(choices) > 1 else f"{{{choices[0]}}}"
         else:
-            frames[-1][-1] += token[1:] if len(token) == 2 and token in _ESCAPED else token
+            frames[-1][-1] += piece[1:] if len(piece) == 2 and piece in _ESCAPED else piece
     while len(frames) > 1:
         unclosed = "{" + "|".join(frames.pop())
         frames[-1][-1] += unclosed
@@ -173,6 +173,11 @@ def has_trigger(text: str, trigger: str) -> bool:
     """Say whether `text` holds the trigger as a whole word, in any case."""
     trigger = _tidy(trigger)
     return bool(trigger) and _pattern(trigger).search(text) is not None
+
+
+def _joined(prefix: str, caption: str, suffix: str, trigger: str, regularization: bool) -> str:
+    caption = _without_trigger(caption, _tidy(trigger))
+    return compose(f"{prefix} {caption} {suffix}", trigger, regularization)
 
 
 def _without_trigger(caption: str, trigger: str) -> str:

@@ -1,7 +1,6 @@
 """Batches of cached latents as a pure function of their number, so that a resumed run continues exactly.
 
-Micro-batch m belongs to optimizer step m // accumulation and to epoch m // batches_per_epoch: accumulation runs on over
-the end of an epoch, so that no picture is left out there.
+Which samples and prompts a micro-batch has is told by `engine.dataset.epochs`; here they become tensors.
 """
 
 from __future__ import annotations
@@ -12,8 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from lorasmith.engine.config import RunConfig
-from lorasmith.engine.dataset.buckets import BucketPlan, epoch_batches
-from lorasmith.engine.dataset.captions import caption_for, compose
+from lorasmith.engine.dataset.buckets import BucketPlan
+from lorasmith.engine.dataset.epochs import Epochs
+from lorasmith.engine.objectives import mask_weights
 
 
 @dataclass
@@ -21,71 +21,67 @@ class Batch:
     """One micro-batch, on the CPU.
 
     latents (B, C, h, w) float32 · one prompt each · sample indices in the plan · loss weights (B,) float32
-    (`objective.prior_weight` for regularization pictures, else 1).
+    (`objective.prior_weight` for regularization pictures, else 1) · pixel weights (B, 1, h, w) float32 where a picture
+    of the batch has a mask, else None.
     """
 
     latents: torch.Tensor
     captions: list[str]
     indices: tuple[int, ...]
     weights: torch.Tensor
+    pixel_weights: torch.Tensor | None = None
 
 
 class Loader:
     """The batches of a run."""
 
-    def __init__(self, plan: BucketPlan, latents: Mapping[int, torch.Tensor], config: RunConfig) -> None:
-        """Keep the plan, its latents by sample index (C, h, w), and the settings that order and caption them."""
+    def __init__(
+        self,
+        plan: BucketPlan,
+        latents: Mapping[int, torch.Tensor],
+        config: RunConfig,
+        masks: Mapping[int, torch.Tensor] | None = None,
+    ) -> None:
+        """Keep the plan and the settings that order and caption it.
+
+        `latents` (C, h, w) and `masks` (1, h, w) uint8, 255 where to learn, are by sample index; most have no mask.
+        """
         self._samples = plan.samples
-        self._plan = plan
         self._latents = latents
         self._config = config
-        self._epoch: tuple[int, list[tuple[int, ...]]] = (-1, [])
+        unmasked = config.objective.unmasked_weight
+        self._pixel_weights = {index: mask_weights(mask, unmasked) for index, mask in (masks or {}).items()}
+        self.epochs = Epochs(plan, config)
         self.batches_per_epoch = plan.batches_per_epoch(config.train.batch_size)
-        """Micro-batches in an epoch."""
+        """Micro-batches in the first epoch; others differ where repeats are fractional."""
         self.steps_per_epoch = plan.steps_per_epoch(config.train.batch_size, config.train.gradient_accumulation)
-        """Optimizer steps in an epoch, rounded up."""
+        """Optimizer steps in the first epoch, rounded up."""
 
     def epoch_of(self, micro: int) -> int:
         """Return the epoch, from 0, that micro-batch `micro`, from 0, belongs to."""
-        return micro // self.batches_per_epoch
+        return self.epochs.epoch_of(micro)
 
     def batch(self, micro: int) -> Batch:
         """Return micro-batch `micro`, counted from 0 over the whole run."""
-        indices = self._indices(micro)
+        indices = self.epochs.micro_batch(micro).indices
         prior = self._config.objective.prior_weight
         weights = [prior if self._samples[index].item.regularization else 1.0 for index in indices]
         return Batch(
             latents=torch.stack([self._latents[index] for index in indices]).float(),
-            captions=self.captions(micro),
+            captions=self.epochs.captions(micro),
             indices=indices,
             weights=torch.tensor(weights),
+            pixel_weights=self._weigh_pixels(indices),
         )
 
     def captions(self, micro: int) -> list[str]:
         """Return the prompts of micro-batch `micro`, without touching its latents."""
-        epoch, position = divmod(micro, self.batches_per_epoch)
-        # Repeats put a picture into an epoch several times: each use has a number of its own to draw by.
-        first_use = position * self._config.train.batch_size
-        return [
-            caption_for(
-                self._samples[index].item, self._config.captions, self._config.run.seed, epoch, first_use + offset
-            )
-            for offset, index in enumerate(self._indices(micro))
-        ]
+        return self.epochs.captions(micro)
 
-    def all_captions(self, num_micro: int) -> set[str]:
-        """Return every prompt of the first `num_micro` micro-batches, for encoding ahead."""
-        settings = self._config.captions
-        if settings.shuffle or settings.dropout > 0:
-            return {caption for micro in range(num_micro) for caption in self.captions(micro)}
-        seen = range(min(num_micro, self.batches_per_epoch))
-        if len(seen) < self.batches_per_epoch:
-            return {caption for micro in seen for caption in self.captions(micro)}
-        return {compose(s.item.caption, settings.trigger, s.item.regularization) for s in self._samples}
-
-    def _indices(self, micro: int) -> tuple[int, ...]:
-        epoch, position = divmod(micro, self.batches_per_epoch)
-        if self._epoch[0] != epoch:
-            config = self._config
-            self._epoch = (epoch, epoch_batches(self._plan, config.train.batch_size, config.run.seed, epoch))
-        return self._epoch[1][position]
+    def _weigh_pixels(self, indices: tuple[int, ...]) -> torch.Tensor | None:
+        found = [self._pixel_weights.get(index) for index in indices] if self._pixel_weights else []
+        masked = next((weights for weights in found if weights is not None), None)
+        if masked is None:
+            return None
+        ones = torch.ones_like(masked)
+        return torch.stack([ones if weights is None else weights for weights in found])

@@ -49,6 +49,8 @@ class FamilySpec:
     `conv_targets` are those that LoCon adds; `text_encoder_targets` those in each text encoder.
     `token_limit` counts the tokens of one prompt including start and end. `caption_style` is what the text encoders
     were trained on. `block_classes` are the classes that repeat in the denoiser (for checkpointing and compiling).
+    `latent_channels` and `latent_downscale` (pixels per latent, each way) are those of its image encoder;
+    `prompt_numbers` is how many numbers the embeddings of one prompt have in the usual variant.
     `activation_mib_per_megapixel` is the memory that one picture's training step takes in a denoiser of
     `denoiser_parameters` in 16 bits with a rank 16 attention LoRA: without and with gradient checkpointing.
     """
@@ -68,6 +70,9 @@ class FamilySpec:
     layouts: tuple[str, ...]
     hub_ids: tuple[str, ...]
     denoiser_parameters: int
+    latent_channels: int
+    latent_downscale: int
+    prompt_numbers: int
     sources: tuple[str, ...] = ()
     activation_mib_per_megapixel: tuple[float, float] | None = None
 
@@ -78,7 +83,8 @@ class BaseIdentity:
 
     `label` is shown to the user, e.g. "Stable Diffusion 1.x, epsilon, fp16, 0.86 B". `native_resolution` is the side in
     pixels that the base was trained at. `parts_missing` names what the files lack, e.g. `vae`. `details` may hold
-    `license`, the one that the model's own card names; "" or absent: the family's.
+    `license`, the one that the model's own card names; "" or absent: the family's; and `prompt_numbers`, where this
+    model's differ from the family's.
     """
 
     family: str

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _PARTS = ("unet", "vae", "text_encoder")
 _VERSIONS = {768: "1.x", 1024: "2.x"}
+_TOKENS = 77
 
 
 def identify_folder(files: BaseFiles) -> BaseIdentity | None:
@@ -39,8 +40,11 @@ def identify_folder(files: BaseFiles) -> BaseIdentity | None:
     missing += [] if (files.path / "tokenizer").is_dir() else ["tokenizer"]
     size = unet.get("sample_size") or 64
     side = int(size[0] if isinstance(size, list) else size) * 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
-    variant = _VERSIONS.get(unet.get("cross_attention_dim", 0), "custom")
-    details = {"prediction_from": "its scheduler", "license": files.license()}
+    width = unet.get("cross_attention_dim", 0)
+    variant = _VERSIONS.get(width, "custom")
+    details: dict[str, Any] = {"prediction_from": "its scheduler", "license": files.license()}
+    if isinstance(width, int) and width:
+        details["prompt_numbers"] = _TOKENS * width
     return _identity(tensors, variant, prediction, side, tuple(missing), details)
 
 
@@ -53,7 +57,9 @@ def identify_file(files: BaseFiles) -> BaseIdentity | None:
     prediction, reason = single_file.guess_prediction(files, facts)
     side = 768 if facts.version == "2.x" and prediction == "v_prediction" else 512
     unet = {name: info for name, info in tensors.items() if name.startswith(single_file.UNET)}
-    return _identity(unet, facts.version, prediction, side, facts.missing, {"prediction_from": reason})
+    width = next((width for width, version in _VERSIONS.items() if version == facts.version), 768)
+    details = {"prediction_from": reason, "prompt_numbers": _TOKENS * width}
+    return _identity(unet, facts.version, prediction, side, facts.missing, details)
 
 
 def _identity(

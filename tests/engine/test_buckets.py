@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lorasmith.engine.config import DatasetSettings
-from lorasmith.engine.dataset.buckets import Bucket, bucket_sizes, epoch_batches, fit_picture, plan_buckets
+from lorasmith.engine.dataset.buckets import (
+    MAX_CROPS,
+    MAX_ENLARGEMENT,
+    Bucket,
+    Sample,
+    bucket_sizes,
+    crop_box,
+    fit_mask,
+    fit_picture,
+    plan_buckets,
+)
+from lorasmith.engine.dataset.epochs import epoch_batches
 from lorasmith.engine.dataset.items import ImageItem
 
 sizes = st.tuples(st.integers(1, 4000), st.integers(1, 4000), st.integers(1, 4))
@@ -23,7 +35,7 @@ resolutions = st.sampled_from([64, 256, 512, 768, 1024])
 
 
 def make_item(
-    number: int, width: int, height: int, repeats: int = 1, caption: str | None = "x", regularization: bool = False
+    number: int, width: int, height: int, repeats: float = 1, caption: str | None = "x", regularization: bool = False
 ) -> ImageItem:
     name = f"{number:04}.png"
     digest = hashlib.sha256(name.encode()).hexdigest()
@@ -43,36 +55,142 @@ def make_items(facts: list[tuple[int, int, int]]) -> list[ImageItem]:
     return [make_item(number, *fact) for number, fact in enumerate(facts)]
 
 
-@settings(deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
-    facts=st.lists(sizes, min_size=1, max_size=30),
+    facts=st.lists(
+        st.tuples(st.integers(1, 4000), st.integers(1, 4000), st.sampled_from([1, 1.5, 2, 3, 4.3, 0.25])),
+        min_size=1,
+        max_size=12,
+    ),
     batch_size=st.integers(1, 9),
     resolution=resolutions,
+    more=st.lists(resolutions, max_size=2),
     flip=st.booleans(),
     buckets=st.booleans(),
-    epoch=st.integers(0, 3),
-    repeats=st.integers(1, 3),
+    crop=st.sampled_from(["center", "random"]),
+    epochs=st.integers(1, 4),
 )
-def test_every_picture_is_used_exactly_its_repeats_in_every_epoch(
-    facts: list[tuple[int, int, int]],
+def test_every_picture_is_in_every_epoch_and_no_view_of_it_more_often_than_its_repeats_ask(
+    facts: list[tuple[int, int, float]],
     batch_size: int,
     resolution: int,
+    more: list[int],
     flip: bool,
     buckets: bool,
-    epoch: int,
-    repeats: int,
+    crop: str,
+    epochs: int,
 ) -> None:
-    settings = DatasetSettings(resolution=resolution, flip=flip, buckets=buckets)
-    plan = plan_buckets(make_items(facts), settings)
-    assert [sample.index for sample in plan.samples] == list(range(len(facts) * (2 if flip else 1)))
-    batches = epoch_batches(plan, batch_size, 1, epoch, repeats)
-    uses = Counter(index for batch in batches for index in batch)
-    assert uses == {sample.index: sample.item.repeats * repeats for sample in plan.samples}
-    for batch in batches:
-        assert 1 <= len(batch) <= batch_size
-        assert len({plan.samples[index].bucket for index in batch}) == 1
-    if repeats == 1:
-        assert plan.batches_per_epoch(batch_size) == len(batches)
+    settings = DatasetSettings.model_validate(
+        {"resolution": resolution, "more_resolutions": more, "flip": flip, "buckets": buckets, "crop": crop}
+    )
+    items = [make_item(number, *fact) for number, fact in enumerate(facts)]
+    plan = plan_buckets(items, settings, seed=7)
+    assert [sample.index for sample in plan.samples] == list(range(len(plan.samples)))
+    assert plan.epoch_factor == 1 / min(1, *(item.repeats for item in items))
+    total: Counter[tuple[str, Bucket, bool]] = Counter()
+    for epoch in range(epochs):
+        batches = epoch_batches(plan, batch_size, 1, epoch)
+        for batch in batches:
+            assert 1 <= len(batch) <= batch_size
+            assert len({plan.samples[index].bucket for index in batch}) == 1
+        used = [plan.samples[index] for batch in batches for index in batch]
+        views = Counter((sample.item.relative, sample.bucket, sample.flipped) for sample in used)
+        assert views.keys() == {(s.item.relative, s.bucket, s.flipped) for s in plan.samples}
+        asked = {item.relative: item.repeats * plan.epoch_factor for item in items}
+        for (name, _, _), uses in views.items():
+            assert math.floor(asked[name] + 1e-9) <= uses <= math.ceil(asked[name] - 1e-9)
+        total += views
+        if epoch == 0:
+            assert plan.batches_per_epoch(batch_size) == len(batches)
+    assert {item.relative for item in items} == {name for name, _, _ in total}
+    for (name, _, _), uses in total.items():
+        assert abs(uses - epochs * asked[name]) < 1 + 1e-9
+    # Nothing is enlarged beyond the limit unless it is told, and then only at the smallest of the resolutions.
+    told = {(sample.item.relative, sample.bucket) for sample in plan.enlarged()}
+    for sample in plan.samples:
+        assert (sample.scale > MAX_ENLARGEMENT) == ((sample.item.relative, sample.bucket) in told)
+        if sample.scale > MAX_ENLARGEMENT:
+            assert len({s.bucket for s in plan.samples if s.item == sample.item}) == 1
+
+
+@settings(deadline=None)
+@given(width=st.integers(1, 4000), height=st.integers(1, 4000), resolutions=st.lists(resolutions, min_size=1))
+def test_a_resolution_that_enlarges_too_much_is_left_out_and_told(
+    width: int, height: int, resolutions: list[int]
+) -> None:
+    first, *more = resolutions
+    plan = plan_buckets([make_item(0, width, height)], DatasetSettings(resolution=first, more_resolutions=more))
+    kept = {resolution for resolution in resolutions if resolution not in {left for _, left in plan.left_out}}
+    assert kept
+    alone = {r: plan_buckets([make_item(0, width, height)], DatasetSettings(resolution=r)).samples[0] for r in kept}
+    assert {sample.bucket for sample in plan.samples} == {sample.bucket for sample in alone.values()}
+    assert len(plan.samples) == len({sample.bucket for sample in plan.samples})
+    if len(kept) > 1:
+        assert all(sample.scale <= MAX_ENLARGEMENT for sample in plan.samples)
+
+
+def test_several_resolutions_by_example() -> None:
+    settings = DatasetSettings(resolution=1024, more_resolutions=[512, 768])
+    plan = plan_buckets([make_item(0, 700, 700), make_item(1, 2000, 2000), make_item(2, 100, 100)], settings)
+    assert plan.counts() == {"512x512": 3, "768x768": 2, "1024x1024": 2}
+    assert [(item.relative, resolution) for item, resolution in plan.left_out] == [
+        ("0002.png", 768),
+        ("0002.png", 1024),
+    ]
+    assert [(sample.item.relative, sample.scale) for sample in plan.enlarged()] == [("0002.png", 5.12)]
+
+
+def test_rows_tell_what_the_user_should_know_of_each_bucket() -> None:
+    items = [make_item(0, 256, 256), make_item(1, 512, 512, 3), make_item(2, 1500, 512)]
+    rows = plan_buckets(items, DatasetSettings(flip=True, crop="random")).rows(batch_size=3)
+    assert [(row.size, row.pictures, row.uses, row.batches) for row in rows] == [
+        ("512x512", 2, 8, 3),
+        ("832x256", 1, 2, 1),
+    ]
+    assert [row.scale for row in rows] == [2.0, pytest.approx(832 / 1500)]
+    assert [row.crop_loss for row in rows] == [0.0, pytest.approx(1 - 256 / (512 * 832 / 1500))]
+
+
+def test_random_crops_are_as_many_as_differ_and_their_uses_take_turns() -> None:
+    settings = DatasetSettings(crop="random", buckets=False)
+    items = [make_item(0, 512, 512), make_item(1, 512, 530), make_item(2, 1024, 512, 3)]
+    plan = plan_buckets(items, settings, seed=1)
+    crops = [[s.offset for s in plan.samples if s.item == item] for item in items]
+    assert [len(offsets) for offsets in crops] == [1, 3, MAX_CROPS]
+    assert crops[0] == [(0.5, 0.5)]
+    spread = sorted(offset[0] for offset in crops[2])
+    assert all(k / 8 <= offset < (k + 1) / 8 for k, offset in enumerate(spread))
+    wide = {s.index for s in plan.samples if s.item == items[2]}
+    used = [[i for batch in epoch_batches(plan, 2, 1, epoch) for i in batch if i in wide] for epoch in range(8)]
+    assert all(len(set(epoch)) == 3 for epoch in used)
+    assert Counter(i for epoch in used for i in epoch) == dict.fromkeys(wide, 3)
+
+
+def test_crops_follow_from_the_seed_and_the_content_of_the_picture() -> None:
+    item, settings = make_item(0, 2000, 512), DatasetSettings(crop="random", buckets=False)
+
+    def offsets(item: ImageItem, seed: int) -> list[tuple[float, float]]:
+        return [sample.offset for sample in plan_buckets([item], settings, seed=seed).samples]
+
+    assert offsets(item, 1) == offsets(replace(item, relative="renamed.png"), 1)
+    assert offsets(item, 1) != offsets(item, 2)
+    assert offsets(item, 1) != offsets(replace(item, sha256="1" * 64), 1)
+
+
+def test_half_a_repeat_counts_in_half_of_the_epochs_and_not_in_all_pictures_at_once() -> None:
+    plan = plan_buckets([make_item(number, 512, 512, 1.5) for number in range(40)], DatasetSettings(), seed=3)
+    for view in plan.views:
+        uses = [len(view.uses(epoch)) for epoch in range(20)]
+        assert set(uses) == {1, 2}
+        assert sum(uses) == 30
+        assert all(one != two for one, two in pairwise(uses))
+    assert 50 < sum(len(view.uses(0)) for view in plan.views) < 70
+
+
+def test_pictures_of_less_than_one_repeat_make_epochs_longer_instead_of_being_skipped() -> None:
+    plan = plan_buckets([make_item(0, 512, 512, 0.25), make_item(1, 512, 512, 1.5)], DatasetSettings())
+    assert plan.epoch_factor == 4
+    assert [len(view.uses(5)) for view in plan.views] == [1, 6]
 
 
 @settings(deadline=None)
@@ -138,18 +256,28 @@ def test_the_order_follows_from_seed_and_epoch_and_not_from_the_scan() -> None:
 
 
 def test_the_fingerprint_changes_with_everything_that_training_sees() -> None:
-    item, settings = make_item(0, 512, 512), DatasetSettings()
+    item, settings = make_item(0, 2048, 512), DatasetSettings(buckets=False)
     others = [
         [replace(item, sha256="1" * 64)],
         [replace(item, captions=("y",))],
+        [replace(item, captions=("x", "y"))],
         [replace(item, repeats=2)],
+        [replace(item, repeats=1.5)],
         [replace(item, regularization=True)],
-        [replace(item, width=300)],
+        [replace(item, mask_path=Path("mask.png"), mask_sha256="2" * 64)],
         [item, item],
     ]
     prints = {plan_buckets(items, settings).fingerprint() for items in ([item], *others)}
-    prints.add(plan_buckets([item], DatasetSettings(flip=True)).fingerprint())
-    assert len(prints) == len(others) + 2
+    changes: list[dict[str, object]] = [
+        {"flip": True},
+        {"crop": "random"},
+        {"more_resolutions": [256]},
+        {"resolution": 256},
+    ]
+    for change in changes:
+        prints.add(plan_buckets([item], settings.model_copy(update=change)).fingerprint())
+    prints.add(plan_buckets([item], settings.model_copy(update={"crop": "random"}), seed=9).fingerprint())
+    assert len(prints) == 1 + len(others) + len(changes) + 1
     assert plan_buckets([replace(item, relative="renamed.png")], settings).fingerprint() in prints
 
 
@@ -168,3 +296,41 @@ def test_the_crop_is_from_the_middle_and_shapes_keep_their_proportions() -> None
     assert white.min(axis=0).tolist() == [20, 20]
     assert white.max(axis=0).tolist() == [29, 29]
     assert not (pixels[..., 0] > pixels[..., 1].astype(int) + 50).any()
+
+
+@settings(deadline=None)
+@given(width=st.integers(1, 3000), height=st.integers(1, 3000), resolution=resolutions, share=st.floats(0, 1))
+def test_a_crop_lies_inside_the_picture_and_has_the_shape_of_its_bucket(
+    width: int, height: int, resolution: int, share: float
+) -> None:
+    bucket = plan_buckets([make_item(0, width, height)], DatasetSettings(resolution=resolution)).samples[0].bucket
+    left, top, right, bottom = crop_box((width, height), bucket, (share, share))
+    assert 0 <= left < right <= width
+    assert 0 <= top < bottom <= height
+    assert (right - left) / (bottom - top) == pytest.approx(bucket.width / bucket.height)
+    assert (right - left, bottom - top) == pytest.approx(
+        (width, bottom - top) if width / bucket.width <= height / bucket.height else (right - left, height)
+    )
+
+
+def test_the_offset_moves_the_crop_from_one_end_to_the_other() -> None:
+    picture = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8), (100, 1))).convert("RGB")
+    firsts = [int(np.asarray(fit_picture(picture, Bucket(100, 100), (x, x)))[50, 0, 0]) for x in (0.0, 0.5, 1.0)]
+    assert firsts == [0, 50, 100]
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("mask_scale", [1, 2])
+def test_a_mask_goes_the_way_of_its_picture(flipped: bool, offset: float, mask_scale: int) -> None:
+    picture = Image.new("L", (300, 100), 0)
+    picture.paste(255, (70, 20, 130, 60))
+    mask = picture.resize((300 * mask_scale, 100 * mask_scale), Image.Resampling.NEAREST)
+    sample = Sample(make_item(0, 300, 100), Bucket(64, 64), 0, flipped, offset=(offset, offset))
+    expected = np.asarray(fit_picture(picture, sample.bucket, sample.offset), dtype=float)
+    expected = expected[:, ::-1] if flipped else expected
+    fitted = np.asarray(fit_mask(mask, picture.size, sample), dtype=float)
+    assert fitted.shape == (64, 64)
+    # Two filters: they differ at the edges of the shape only.
+    assert np.abs(fitted - expected).mean() < 6
+    assert ((fitted > 128) == (expected > 128)).mean() > 0.97

@@ -17,6 +17,7 @@ from lorasmith.engine.config import DatasetSettings
 from lorasmith.engine.dataset import cache as cache_module
 from lorasmith.engine.dataset.buckets import Sample, plan_buckets
 from lorasmith.engine.dataset.cache import (
+    EncodedPictures,
     LatentCache,
     TextCache,
     cache_latents,
@@ -83,7 +84,9 @@ def samples_of(settings: DatasetSettings) -> tuple[Sample, ...]:
     return plan_buckets(scan_dataset(settings).items, settings).samples
 
 
-def encode(settings: DatasetSettings, fake: FakeFamily, store: LatentCache, fingerprint: str = "vae") -> dict[int, Any]:
+def encode(
+    settings: DatasetSettings, fake: FakeFamily, store: LatentCache, fingerprint: str = "vae"
+) -> EncodedPictures:
     return cache_latents(samples_of(settings), as_family(fake), fingerprint, settings, cache=store)
 
 
@@ -96,7 +99,7 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPat
 
 def test_latents_are_those_of_the_picture_and_its_mirrored_twin(folder: Path, tmp_path: Path) -> None:
     settings = options(folder, flip=True)
-    latents = encode(settings, FakeFamily(), LatentCache(tmp_path / "cache"))
+    latents = encode(settings, FakeFamily(), LatentCache(tmp_path / "cache")).latents
     for sample in samples_of(settings):
         latent = latents[sample.index]
         assert latent.shape == (3, sample.bucket.height // 8, sample.bucket.width // 8)
@@ -110,7 +113,7 @@ def test_latents_are_those_of_the_picture_and_its_mirrored_twin(folder: Path, tm
 def test_a_second_run_encodes_nothing_and_gives_the_same(folder: Path, tmp_path: Path) -> None:
     settings, store = options(folder), LatentCache(tmp_path / "cache")
     fake, again = FakeFamily(), FakeFamily()
-    first, second = encode(settings, fake, store), encode(settings, again, store)
+    first, second = encode(settings, fake, store).latents, encode(settings, again, store).latents
     assert fake.encoded == 7
     assert again.encoded == 0
     assert first.keys() == second.keys()
@@ -196,14 +199,14 @@ def empty(_: bytes) -> bytes:
 @pytest.mark.parametrize("damage", [torn, zeros, foreign, empty])
 def test_a_damaged_entry_is_computed_again(folder: Path, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     settings, store = options(folder), LatentCache(tmp_path / "cache")
-    first = encode(settings, FakeFamily(), store)
+    first = encode(settings, FakeFamily(), store).latents
     path = store.path(latent_key(samples_of(settings)[0], as_family(FakeFamily()), "vae", settings))
     path.write_bytes(damage(path.read_bytes()))
     fake = FakeFamily()
-    second = encode(settings, fake, store)
+    second = encode(settings, fake, store).latents
     assert fake.encoded == 1
     assert torch.equal(first[0], second[0])
-    assert encode(settings, again := FakeFamily(), store).keys() == second.keys()
+    assert encode(settings, again := FakeFamily(), store).latents.keys() == second.keys()
     assert again.encoded == 0
 
 
@@ -333,12 +336,12 @@ def test_pictures_are_decoded_while_others_are_encoded(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache_module, "_BATCH_PIXELS", 64 * 64)
-    decode, decoded = cache_module._pixels, threading.Semaphore(0)
+    decode, decoded = cache_module._decode, threading.Semaphore(0)
 
-    def count(sample: Sample, background: str) -> torch.Tensor:
-        pixels = decode(sample, background)
+    def count(sample: Sample, settings: DatasetSettings) -> Any:
+        result = decode(sample, settings)
         decoded.release()
-        return pixels
+        return result
 
     class WaitingFamily(FakeFamily):
         def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -346,5 +349,5 @@ def test_pictures_are_decoded_while_others_are_encoded(
                 assert all(decoded.acquire(timeout=20) for _ in range(2))
             return super().encode_images(pixels)
 
-    monkeypatch.setattr(cache_module, "_pixels", count)
+    monkeypatch.setattr(cache_module, "_decode", count)
     assert len(encode(options(folder), WaitingFamily(), LatentCache(tmp_path / "cache"))) == 7

@@ -80,7 +80,7 @@ def test_a_batch_holds_the_latents_prompts_and_weights_of_its_samples() -> None:
         assert len(batch.latents) == len(batch.captions) == len(batch.indices) == len(batch.weights)
         assert batch.latents[:, 0, 0, 0].tolist() == [float(index) for index in batch.indices]
         for index, caption, weight in zip(batch.indices, batch.captions, batch.weights.tolist(), strict=True):
-            item = loader._plan.samples[index].item
+            item = loader._samples[index].item
             assert weight == (0.5 if item.regularization else 1.0)
             assert caption == (item.caption if item.regularization else f"zqx, {item.caption}")
             seen.add(index)
@@ -125,4 +125,4 @@ def test_all_captions_are_exactly_those_that_the_batches_ask_for(captions: dict[
     config = make_config(captions={"trigger": "zqx", **captions}, train={"batch_size": 2})
     loader = make_loader(config, [1] * 11, regularization=2)
     asked = {caption for micro in range(num_micro) for caption in loader.batch(micro).captions}
-    assert loader.all_captions(num_micro) == asked
+    assert loader.epochs.all_captions(num_micro) == asked

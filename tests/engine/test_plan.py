@@ -60,7 +60,8 @@ def test_steps_epochs_and_buckets_follow_from_the_pictures(tmp_path: Path) -> No
 
 
 def test_the_batches_are_those_that_the_loader_makes(tmp_path: Path) -> None:
-    from lorasmith.engine.dataset.buckets import epoch_batches, plan_buckets
+    from lorasmith.engine.dataset.buckets import plan_buckets
+    from lorasmith.engine.dataset.epochs import epoch_batches
 
     settings, dataset = pictures(tmp_path)
     layers = resolved(tmp_path, dataset=settings, train={"batch_size": 5})
