@@ -6,57 +6,120 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-CAPTION_SUFFIXES = (".txt", ".caption")
-"""Extensions of captions in lower case, the preferred one first."""
+from lorasmith.engine.dataset.items import Refusal
+
 MAX_FOLDER_REPEATS = 1000
 """A larger number at the start of a folder name, such as a date, is taken as part of the name."""
 # fmt: off
 _SYSTEM_NAMES = frozenset((
     "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
-    "__macosx", "@eadir", "$recycle.bin", "system volume information",
+    "__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found",
 ))
 # fmt: on
 
 
-def list_files(root: Path, other: Iterable[Path], prefix: str) -> tuple[list[tuple[Path, str]], list[tuple[str, str]]]:
-    """Return all files below `root` but not below `other` folders as (path, relative), and (relative, reason) refused.
+@dataclass
+class FoundFiles:
+    """What lies below a folder: files as (path, relative), what cannot be walked, and how many names are the system's.
 
-    `relative` is the path inside `root` with `/`, after `prefix`. Files of the system and hidden ones are left out.
-
-    Links to folders are followed after everything else and only once each, so that loops end.
+    `relative` is the path inside the folder with `/`, printable and unique whatever bytes the names are made of.
     """
-    files: list[tuple[Path, str]] = []
-    refused: list[tuple[str, str]] = []
+
+    files: list[tuple[Path, str]] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    system: int = 0
+
+
+def list_files(root: Path, other: Iterable[Path], prefix: str, recursive: bool = True) -> FoundFiles:
+    """Return what lies below `root` but not below `other` folders; every `relative` starts with `prefix`.
+
+    Links to folders are followed after everything else and only once each, so that loops end. Without `recursive`,
+    sub-folders are refused by name.
+    """
+    found = FoundFiles()
     seen = {_identity(folder) for folder in other}
-    folders, links = [root], list[Path]()
+    real_root = root.resolve()
+    folders, links = [(root, prefix)], list[tuple[Path, str]]()
     while folders or links:
         linked = not folders
-        current = folders.pop() if folders else links.pop(0)
-        relative = prefix + current.relative_to(root).as_posix()
+        folder, inside = folders.pop() if folders else links.pop(0)
         try:
-            identity = _identity(current)
-            if identity in seen or (linked and root.resolve().is_relative_to(current.resolve())):
+            identity = _identity(folder)
+            if identity in seen or (linked and real_root.is_relative_to(folder.resolve())):
                 if linked:
-                    refused.append((relative, "a link to a folder that is read anyway"))
+                    found.refused.append(Refusal(inside.rstrip("/"), "a link to a folder that is read anyway"))
+                continue
+            if folder is not root and not recursive:
+                found.refused.append(Refusal(inside.rstrip("/"), "a sub-folder: the dataset file reads none"))
                 continue
             seen.add(identity)
-            entries = sorted(os.scandir(current), key=lambda entry: entry.name)
+            below = _list_folder(folder, inside, found)
         except OSError as error:
-            refused.append((relative, f"the folder cannot be read: {error.strerror or error}"))
+            reason = f"the folder cannot be read: {error.strerror or error}"
+            found.refused.append(Refusal(inside.rstrip("/") or printable(folder.name), reason))
             continue
-        for entry in entries:
-            if _is_system_name(entry.name):
-                continue
-            path = current / entry.name
-            if not os.path.isdir(path):
-                files.append((path, prefix + path.relative_to(root).as_posix()))
-            elif entry.is_symlink():
-                links.append(path)
-            else:
-                folders.append(path)
-    return files, refused
+        for path, name, link in below:
+            (links if link else folders).append((path, name))
+    _make_unique(found)
+    return found
+
+
+def printable(text: str) -> str:
+    r"""Return a file name or path as text that can be shown and stored: bytes that are not UTF-8 become `\xe9`."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(text).decode("utf-8", "backslashreplace")
+    return text
+
+
+def same_name(text: str) -> str:
+    """Return what names that are the same to the user have in common.
+
+    macOS stores ü as two characters in names, other systems as one.
+    """
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
+def named_repeats(name: str) -> tuple[int, str] | None:
+    """Return repeats and class name of a folder that is named like `10_name`; None for other names."""
+    match = re.match(r"([0-9]{1,9})_(.*)", name, re.DOTALL)
+    if match is None or int(match[1]) > MAX_FOLDER_REPEATS:
+        return None
+    return int(match[1]), printable(match[2]).strip()
+
+
+def folder_repeats(root: Path, folder: Path) -> tuple[int, str]:
+    """Return repeats and class name of the nearest folder named like `10_name`, up from `folder` and below `root`.
+
+    Without one it is (1, "").
+    """
+    for name in reversed(folder.relative_to(root).parts):
+        facts = named_repeats(name)
+        if facts is not None:
+            return facts
+    return 1, ""
+
+
+def _list_folder(folder: Path, inside: str, found: FoundFiles) -> list[tuple[Path, str, bool]]:
+    """Add the files of one folder to `found` and return its sub-folders as (path, relative with `/`, is a link)."""
+    below = []
+    with os.scandir(folder) as entries:
+        ordered = sorted(entries, key=lambda entry: entry.name)
+    for entry in ordered:
+        if entry.name.startswith(".") or entry.name.lower() in _SYSTEM_NAMES:
+            found.system += 1
+            continue
+        path, relative = folder / entry.name, inside + printable(entry.name)
+        link = entry.is_symlink()
+        if os.path.isdir(entry.path) if link else entry.is_dir():
+            below.append((path, f"{relative}/", link))
+        else:
+            found.files.append((path, relative))
+    return below
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -64,25 +127,13 @@ def _identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _is_system_name(name: str) -> bool:
-    return name.startswith(".") or name.lower() in _SYSTEM_NAMES
-
-
-def is_caption(path: Path) -> bool:
-    """Say whether the file's name is that of a caption."""
-    return path.suffix.lower() in CAPTION_SUFFIXES
-
-
-def caption_stem(path: Path) -> tuple[Path, str]:
-    """Return what a picture and its caption have in common: the folder and the name without its extension."""
-    # macOS stores ü as two characters in names, other systems as one: both are the same name to the user.
-    return path.parent, unicodedata.normalize("NFC", path.stem)
-
-
-def folder_repeats(root: Path, path: Path) -> int:
-    """Return the number of the nearest folder below `root` that is named like `10_name`; 1 without one."""
-    for name in reversed(path.relative_to(root).parts[:-1]):
-        match = re.match(r"([0-9]{1,9})_", name)
-        if match and int(match[1]) <= MAX_FOLDER_REPEATS:
-            return int(match[1])
-    return 1
+def _make_unique(found: FoundFiles) -> None:
+    """Number names that became alike when they were made printable."""
+    taken: set[str] = set()
+    for index, (path, relative) in enumerate(found.files):
+        name, number = relative, 2
+        while name in taken:
+            name, number = f"{relative}~{number}", number + 1
+        taken.add(name)
+        if name != relative:
+            found.files[index] = (path, name)

@@ -1,244 +1,220 @@
 """Finding the pictures and captions of a dataset; every file is accounted for, and nothing is ever written there.
 
-A picture's caption is the file beside it with the same name and the extension `.txt` or `.caption`, in any case.
-Every picture is decoded completely here, so that a damaged one is known before training and not in the middle of it.
+Settings → `roots` (which folders) → `folders` (which files) → `layouts` (what each is) → `workers` (every picture and
+mask is decoded completely, so that a damaged one is known before training) → `caption_sources` → the user's own edits.
+Which caption wins is told in `caption_sources`, which mask in `layouts`.
 """
 
 from __future__ import annotations
 
-import os
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lorasmith.engine.config import DatasetSettings
-from lorasmith.engine.dataset.captions import read_caption
-from lorasmith.engine.dataset.folders import CAPTION_SUFFIXES, caption_stem, folder_repeats, is_caption, list_files
-from lorasmith.engine.dataset.images import read_picture
-from lorasmith.engine.dataset.items import Dataset, ImageItem, Progress, Refusal
+from lorasmith.engine.dataset.caption_lists import listing
+from lorasmith.engine.dataset.caption_sources import ListedCaptions, find_captions, read_lists, unused_captions
+from lorasmith.engine.dataset.folders import list_files, printable
+from lorasmith.engine.dataset.items import Dataset, ImageItem, PictureFacts, Progress, Refusal
+from lorasmith.engine.dataset.layouts import Candidate, Layout, sort_files
+from lorasmith.engine.dataset.masks import find_mask, unused_masks
+from lorasmith.engine.dataset.missing_captions import listed, missing_captions, require_captions
+from lorasmith.engine.dataset.overlay import Edit, read_overlay
+from lorasmith.engine.dataset.roots import Root, open_roots, require_roots
+from lorasmith.engine.dataset.workers import examine_pictures
 from lorasmith.engine.errors import DatasetError
 
-_LISTED = 20
+__all__ = ["missing_captions", "require_captions", "require_folders", "scan_dataset"]
+
+Facts = Mapping[Path, PictureFacts | str]
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    path: Path
-    relative: str
-    repeats: int
-    captions: tuple[Path, ...]
-    regularization: bool
+@dataclass
+class _Scan:
+    """What is known so far; `found` counts files, `used` are captions, lists and masks in use."""
+
+    settings: DatasetSettings
+    edits: Mapping[str, Edit]
+    layouts: list[tuple[Root, Layout]] = field(default_factory=list)
+    items: list[ImageItem] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    found: int = 0
+    system: int = 0
 
 
 def scan_dataset(settings: DatasetSettings, on_progress: Progress | None = None) -> Dataset:
-    """Read the dataset folder and the regularization folder; `on_progress(done, total)` counts decoded files.
+    """Read all datasets of the settings with the user's edits; `on_progress(done, total)` counts decoded files.
 
-    Raises DatasetError where a folder is missing or empty, or holds no readable picture.
+    Raises DatasetError where one is missing, cannot be read, or holds no usable picture.
     """
-    folders = require_folders(settings)
-    folder = folders[0][0]
-    candidates: list[_Candidate] = []
-    refused: list[Refusal] = []
-    captions: list[tuple[Path, str]] = []
-    found = 0
-    for root, regularization in folders:
-        other = [path for path, _ in folders if path is not root]
-        files, problems = list_files(root, other, _prefix(root, regularization))
-        found += len(files) + len(problems)
-        refused += [Refusal(relative, reason) for relative, reason in problems]
-        captions += [entry for entry in files if is_caption(entry[0])]
-        candidates += _candidates(root, files, settings.repeats, regularization)
-    items: list[ImageItem] = []
-    for result in _examine_all(candidates, settings.alpha_background, on_progress):
-        if isinstance(result, ImageItem):
-            items.append(result)
-        else:
-            refused.append(result)
-    refused += _unused_captions(captions, candidates, items)
-    items = _note_duplicates(sorted(items, key=lambda item: (item.regularization, item.relative)))
-    refused.sort(key=lambda refusal: refusal.relative)
-    found -= len({item.caption_path for item in items if item.caption_path is not None})
-    dataset = Dataset(folder, tuple(items), tuple(refused), found)
-    _require_pictures(dataset, folders)
+    roots, notes = require_roots(settings)
+    scan = _Scan(settings, _read_edits(settings), notes=notes)
+    roots = open_roots(roots)
+    for root in roots:
+        scan.layouts.append((root, _list_root(scan, root, roots)))
+    facts = _examine(scan, on_progress)
+    for root, layout in scan.layouts:
+        _accept(scan, root, layout, facts)
+    _note_lost_edits(scan)
+    items = sorted(scan.items, key=lambda item: (item.regularization, item.relative))
+    refused = sorted(scan.refused, key=lambda refusal: refusal.relative)
+    given = roots[0].given
+    dataset = Dataset(given, tuple(items), tuple(refused), scan.found, scan.system, tuple(scan.notes))
+    _require_pictures(dataset, roots)
     return dataset
 
 
-def missing_captions(dataset: Dataset) -> tuple[ImageItem, ...]:
-    """Return the pictures without a caption file; an empty file counts as a caption."""
-    return tuple(item for item in dataset.items if item.caption is None)
+def require_folders(settings: DatasetSettings) -> list[Path]:
+    """Return the folders, archives and dataset files that would be read, without unpacking or decoding anything.
 
-
-def require_captions(dataset: Dataset, settings: DatasetSettings) -> Dataset:
-    """Apply `dataset.missing_captions`: `exclude` moves pictures without a caption to the refused ones.
-
-    Raises DatasetError that lists them where the user has not chosen yet, or where nothing is left.
+    Raises DatasetError naming the setting where one is not given, does not exist or cannot be a dataset, where two are
+    the same folder, and where the edited captions cannot be read.
     """
-    missing = missing_captions(dataset)
-    if not missing or settings.missing_captions == "trigger":
-        return dataset
-    if settings.missing_captions == "ask":
-        raise DatasetError(
-            f"{len(missing)} of {len(dataset.items)} pictures have no caption.",
-            why=_listing([item.relative for item in missing]) + ".",
-            fix="Write a .txt file of the same name beside each, or set dataset.missing_captions to trigger (use the "
-            "trigger word alone) or exclude (leave them out).",
-        )
-    left_out = tuple(Refusal(item.relative, "it has no caption") for item in missing)
-    items = tuple(item for item in dataset.items if item.caption is not None)
-    if all(item.regularization for item in items):
-        raise DatasetError(
-            f"No picture in {dataset.folder} has a caption.",
-            why="dataset.missing_captions = exclude leaves nothing to train on.",
-            fix="Write captions, or set dataset.missing_captions to trigger.",
-        )
-    refused = tuple(sorted(dataset.refused + left_out, key=lambda refusal: refusal.relative))
-    return replace(dataset, items=items, refused=refused)
+    roots, _ = require_roots(settings)
+    _read_edits(settings)
+    return [root.folder for root in roots]
 
 
-def require_folders(settings: DatasetSettings) -> list[tuple[Path, bool]]:
-    """Return the dataset folder and, where one is set, the regularization folder, each with whether it is the latter.
-
-    Raises DatasetError where one is not given, does not exist or is no folder, and where both are the same.
-    """
-    folder = _require_folder(settings.folder, "dataset.folder")
-    folders = [(folder, False)]
-    if settings.regularization_folder:
-        folders.append((_require_folder(settings.regularization_folder, "dataset.regularization_folder"), True))
-    if len(folders) == 2 and folders[1][0].samefile(folder):
-        raise DatasetError(
-            "dataset.folder and dataset.regularization_folder are the same folder.",
-            fix="Give the regularization pictures a folder of their own.",
-        )
-    return folders
+def _read_edits(settings: DatasetSettings) -> dict[str, Edit]:
+    return read_overlay(Path(settings.overlay).expanduser()) if settings.overlay else {}
 
 
-def _require_folder(text: str, key: str) -> Path:
-    if not text.strip():
-        raise DatasetError("No dataset folder is given.", fix=f"Set {key} to the folder with the pictures.")
-    folder = Path(text).expanduser()
-    if not folder.exists():
-        raise DatasetError(f"The folder {folder} does not exist.", fix=f"Check {key}.")
-    if not folder.is_dir():
-        raise DatasetError(f"{folder} is not a folder.", fix=f"Set {key} to the folder that holds the pictures.")
-    return folder
+def _list_root(scan: _Scan, root: Root, roots: Sequence[Root]) -> Layout:
+    """Return what the files of a root are, and count them."""
+    mask_folder = root.subset.masks if root.subset else None
+    apart = [other.folder for other in roots if other is not root]
+    apart += [other.subset.masks for other in roots if other.subset and other.subset.masks]
+    walked = list_files(root.folder, apart, root.prefix, recursive=root.subset is None)
+    masks = []
+    if mask_folder is not None:
+        inside = list_files(mask_folder, [], f"{root.prefix}{printable(mask_folder.name)}/", recursive=False)
+        masks = inside.files
+        walked.refused += inside.refused
+        walked.system += inside.system
+    overlay = scan.settings.overlay
+    # Edits that lie in the dataset are no caption list of it.
+    own = Path(overlay).expanduser().resolve() if overlay else Path()
+    files = [file for file in walked.files if file[0].name != own.name or file[0].resolve() != own]
+    scan.refused += [Refusal(root.prefix + entry.relative, entry.reason) for entry in root.refused]
+    scan.refused += walked.refused
+    layout = sort_files(root, files, masks)
+    scan.refused += layout.refused
+    scan.found += len(files) + len(masks) + len(walked.refused) + len(root.refused)
+    scan.system += walked.system
+    return layout
 
 
-def _require_pictures(dataset: Dataset, folders: Sequence[tuple[Path, bool]]) -> None:
-    for folder, regularization in folders:
-        if any(item.regularization == regularization for item in dataset.items):
-            continue
-        prefix = _prefix(folder, regularization)
-        inside = [refusal for refusal in dataset.refused if refusal.relative.startswith(prefix)]
-        if not inside:
-            raise DatasetError(f"The folder {folder} is empty.", fix="Put pictures into it, or choose another folder.")
-        raise DatasetError(
-            f"There is no usable picture in {folder}.",
-            why=_listing([f"{refusal.relative}: {refusal.reason}" for refusal in inside]) + ".",
-            fix="Use PNG, JPEG, WebP, AVIF, GIF, BMP or TIFF pictures.",
-        )
+def _examine(scan: _Scan, on_progress: Progress | None) -> Facts:
+    """Decode all pictures that the user did not leave out, and the masks that belong to one."""
+    masks_off = scan.settings.masks == "off"
+    paths: dict[Path, None] = {}
+    for _, layout in scan.layouts:
+        for candidate in layout.candidates:
+            if not _left_out(scan, candidate) and candidate.repeats > 0:
+                paths[candidate.path] = None
+                paths.update(dict.fromkeys(() if masks_off else candidate.masks))
+    return dict(zip(paths, examine_pictures(list(paths), on_progress), strict=True))
 
 
-def _prefix(folder: Path, regularization: bool) -> str:
-    return f"{folder.resolve().name}/" if regularization else ""
+def _left_out(scan: _Scan, candidate: Candidate) -> bool:
+    edit = scan.edits.get(candidate.relative)
+    return edit is not None and edit.exclude
 
 
-def _listing(lines: Sequence[str]) -> str:
-    more = len(lines) - _LISTED
-    return "; ".join(lines[:_LISTED]) + (f"; and {more} more" if more > 0 else "")
+def _accept(scan: _Scan, root: Root, layout: Layout, facts: Facts) -> None:
+    """Turn the candidates of a root into accepted pictures and refusals; refuse what belongs to no accepted one."""
+    captions = read_lists(root, layout)
+    scan.notes += captions.notes
+    accepted: dict[Path, ImageItem] = {}
+    for candidate in layout.candidates:
+        result = _judge(scan, candidate, captions, facts)
+        if isinstance(result, ImageItem):
+            accepted[candidate.path] = result
+            scan.items.append(result)
+        else:
+            scan.refused.append(result)
+    if root.subset is not None and not accepted:
+        scan.notes.append(f"{root.subset.folder} has no usable picture ({root.subset.where})")
+    used = {item.caption_path for item in accepted.values() if item.caption_path is not None}
+    used |= {item.mask_path for item in accepted.values() if item.mask_path is not None}
+    scan.refused += unused_captions(layout, captions, accepted, used)
+    scan.refused += unused_masks(layout, scan.settings, accepted, facts)
+    scan.found -= len(used & {path for path, _ in layout.sidecars + layout.lists + layout.masks})
 
 
-def _candidates(root: Path, files: Sequence[tuple[Path, str]], repeats: int, regularization: bool) -> list[_Candidate]:
-    captions: dict[tuple[Path, str], list[Path]] = defaultdict(list)
-    for path, _ in files:
-        if is_caption(path):
-            captions[caption_stem(path)].append(path)
-    for paths in captions.values():
-        paths.sort(key=lambda path: (CAPTION_SUFFIXES.index(path.suffix.lower()), path.name != path.name.lower()))
-    return [
-        _Candidate(
-            path, relative, folder_repeats(root, path) * repeats, tuple(captions[caption_stem(path)]), regularization
-        )
-        for path, relative in files
-        if not is_caption(path)
-    ]
-
-
-def _examine_all(
-    candidates: Sequence[_Candidate], background: str, on_progress: Progress | None
-) -> list[ImageItem | Refusal]:
-    results: list[ImageItem | Refusal] = []
-    # Threads are enough: Pillow gives up the interpreter lock while it decodes.
-    pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="scan")
-    try:
-        for result in pool.map(lambda candidate: _examine(candidate, background), candidates):
-            results.append(result)
-            if on_progress is not None:
-                on_progress(len(results), len(candidates))
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return results
-
-
-def _examine(candidate: _Candidate, background: str) -> ImageItem | Refusal:
-    try:
-        picture = read_picture(candidate.path, background)
-    except DatasetError as error:
-        return Refusal(candidate.relative, error.why)
+def _judge(scan: _Scan, candidate: Candidate, captions: ListedCaptions, facts: Facts) -> ImageItem | Refusal:
+    if _left_out(scan, candidate):
+        return Refusal(candidate.relative, "left out by you")
     if candidate.repeats == 0:
-        return Refusal(candidate.relative, "its folder's name asks for 0 repeats")
-    caption, caption_path, notes = None, None, list(picture.notes)
-    for path in candidate.captions:
-        text, note = read_caption(path)
-        if note:
-            notes.append(f"caption {path.name}: {note}")
-        if text is not None:
-            caption, caption_path = text, path
-            break
-    image = picture.image
-    return ImageItem(
+        asked = "num_repeats = 0" if candidate.root.subset else "its folder's name asks for 0 repeats"
+        return Refusal(candidate.relative, asked)
+    known = facts[candidate.path]
+    if isinstance(known, str):
+        return Refusal(candidate.relative, known)
+    found = find_captions(candidate, captions)
+    mask = find_mask(candidate, known, scan.settings, facts)
+    item = ImageItem(
         path=candidate.path,
         relative=candidate.relative,
-        sha256=picture.sha256,
-        width=image.width,
-        height=image.height,
+        sha256=known.sha256,
+        width=known.width,
+        height=known.height,
         repeats=candidate.repeats,
-        captions=() if caption is None else (caption,),
-        caption_path=caption_path,
-        caption_source="none" if caption is None else "sidecar",
-        regularization=candidate.regularization,
-        notes=tuple(notes),
-        transparent=picture.transparent,
+        captions=found.texts,
+        caption_path=found.path,
+        caption_source=found.source,
+        regularization=candidate.root.regularization,
+        notes=(*_name_notes(candidate), *known.notes, *mask.notes, *found.notes),
+        transparent=known.transparent,
+        format=known.format,
+        measures=known.measures,
+        mask_path=mask.path,
+        mask_sha256=mask.sha256,
+        mask_share=mask.share,
+        dataset=candidate.root.dataset,
+        class_name=candidate.class_name,
     )
+    edit = scan.edits.get(candidate.relative)
+    if edit is None or edit.captions is None:
+        return item
+    return replace(item, captions=edit.captions, caption_source="overlay")
 
 
-def _unused_captions(
-    captions: Iterable[tuple[Path, str]], candidates: Iterable[_Candidate], items: Iterable[ImageItem]
-) -> list[Refusal]:
-    used = {item.caption_path for item in items}
-    accepted = {caption_stem(item.path): item for item in items}
-    known = {caption_stem(candidate.path) for candidate in candidates}
-    refused = []
-    for path, relative in captions:
-        if path in used:
+def _name_notes(candidate: Candidate) -> tuple[str, ...]:
+    name = candidate.path.name
+    return () if printable(name) == name else ("its name is not UTF-8: the odd bytes are shown as codes",)
+
+
+def _note_lost_edits(scan: _Scan) -> None:
+    known = {candidate.relative for _, layout in scan.layouts for candidate in layout.candidates}
+    lost = sorted(scan.edits.keys() - known)
+    if lost:
+        name = Path(scan.settings.overlay).name
+        scan.notes.append(f"{name} edits {len(lost)} pictures that are not there: {listing(lost)}")
+
+
+def _require_pictures(dataset: Dataset, roots: Sequence[Root]) -> None:
+    """Raise DatasetError where a dataset of the settings gives no picture."""
+    used = {item.dataset for item in dataset.items}
+    for root in roots:
+        if root.dataset in used:
             continue
-        if caption_stem(path) in accepted:
-            other = accepted[caption_stem(path)].caption_path
-            text, problem = read_caption(path)
-            reason = f"not used as a caption: {f'{other.name} is' if other and text is not None else problem}"
-        elif caption_stem(path) in known:
-            reason = "caption of a picture that is refused"
-        else:
-            reason = "caption without a picture of the same name"
-        refused.append(Refusal(relative, reason))
-    return refused
-
-
-def _note_duplicates(items: Sequence[ImageItem]) -> list[ImageItem]:
-    first: dict[str, str] = {}
-    noted = []
-    for item in items:
-        same = first.setdefault(item.sha256, item.relative)
-        noted.append(item if same == item.relative else replace(item, notes=(*item.notes, f"same file as {same}")))
-    return noted
+        prefix = root.prefix
+        inside = [refusal for refusal in dataset.refused if refusal.relative.startswith(prefix)]
+        if not inside:
+            raise DatasetError(
+                f"The folder {root.given} is empty.",
+                fix=f"Put pictures into it, or set {root.key} to another folder.",
+            )
+        raise DatasetError(
+            f"There is no usable picture in {root.given}.",
+            why=listed([f"{refusal.relative}: {refusal.reason}" for refusal in inside]) + ".",
+            fix="Use PNG, JPEG, WebP, AVIF, GIF, BMP or TIFF pictures.",
+        )
+    if all(item.regularization for item in dataset.items):
+        raise DatasetError(
+            f"Every picture of {dataset.folder} is a regularization picture.",
+            why="There is nothing to learn from.",
+            fix="Remove is_reg where it stands for pictures that are to be learnt.",
+        )

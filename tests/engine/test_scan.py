@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -10,34 +11,12 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from lorasmith.engine.config import DatasetSettings
-from lorasmith.engine.dataset.items import Dataset, ImageItem
 from lorasmith.engine.dataset.scan import missing_captions, require_captions, scan_dataset
 from lorasmith.engine.errors import DatasetError
-
-
-def picture(path: Path, size: tuple[int, int] = (20, 10), color: str = "red", caption: str | None = None) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, color).save(path)
-    if caption is not None:
-        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
-    return path
-
-
-def scan(folder: Path, **values: object) -> Dataset:
-    return scan_dataset(DatasetSettings.model_validate({"folder": str(folder), **values}))
-
-
-def by_name(dataset: Dataset) -> dict[str, ImageItem]:
-    return {item.relative: item for item in dataset.items}
-
-
-def reasons(dataset: Dataset) -> dict[str, str]:
-    return {refusal.relative: refusal.reason for refusal in dataset.refused}
+from tests.engine.datasets import by_name, picture, reasons, scan
 
 
 def test_folders_are_read_with_all_below_and_repeats_come_from_their_names(tmp_path: Path) -> None:
@@ -221,19 +200,22 @@ def test_the_same_folder_for_both_is_refused(tmp_path: Path) -> None:
         scan(tmp_path, regularization_folder=str(tmp_path / "."))
 
 
-def test_identical_pictures_are_noted(tmp_path: Path) -> None:
-    picture(tmp_path / "a.png")
-    picture(tmp_path / "b.png")
-    assert scan(tmp_path).items[1].notes == ("same file as a.png",)
-
-
 def test_non_ascii_names_work_and_stay_as_they_are(tmp_path: Path) -> None:
     folder = tmp_path / "ünï côdé 日本"
     picture(folder / "キャット🐈.png", caption="a cät")
-    picture(folder / os.fsdecode(b"latin-\xe9.png"))
-    items = by_name(scan(folder))
-    assert items["キャット🐈.png"].caption == "a cät"
-    assert os.fsdecode(b"latin-\xe9.png") in items
+    assert by_name(scan(folder))["キャット🐈.png"].caption == "a cät"
+
+
+def test_names_that_are_not_utf8_are_shown_with_codes_and_used(tmp_path: Path) -> None:
+    odd = picture(tmp_path / os.fsdecode(b"caf\xe9.png"), caption="a cup")
+    picture(tmp_path / os.fsdecode(b"\xff") / "a.png")
+    picture(tmp_path / r"caf\xe9.png", color="blue")
+    items = by_name(scan(tmp_path))
+    assert sorted(items) == [r"\xff/a.png", r"caf\xe9.png", r"caf\xe9.png~2"]
+    item = next(item for item in items.values() if item.path == odd)
+    assert item.caption == "a cup"
+    assert item.notes == ("its name is not UTF-8: the odd bytes are shown as codes",)
+    assert all(json.loads(json.dumps(name).encode()) == name for name in items)
 
 
 def test_progress_counts_every_file_that_is_tried(tmp_path: Path) -> None:
@@ -246,21 +228,20 @@ def test_progress_counts_every_file_that_is_tried(tmp_path: Path) -> None:
 
 
 def test_the_dataset_folder_is_not_changed(tmp_path: Path) -> None:
-    picture(tmp_path / "1_x/a.png", caption="a dog")
-    (tmp_path / "zero.png").touch()
+    data = tmp_path / "data"
+    picture(data / "1_x/a.png", caption="a dog")
+    (data / "zero.png").touch()
 
     def state() -> list[tuple[str, int, int]]:
-        return sorted(
-            (str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in (tmp_path, *tmp_path.rglob("*"))
-        )
+        return sorted((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in (data, *data.rglob("*")))
 
     before = state()
-    for path in (tmp_path / "1_x", tmp_path):
+    for path in (data / "1_x", data):
         path.chmod(0o555)
     try:
-        scan(tmp_path)
+        scan(data)
     finally:
-        for path in (tmp_path, tmp_path / "1_x"):
+        for path in (data, data / "1_x"):
             path.chmod(0o755)
     assert state() == before
 
@@ -315,35 +296,6 @@ def test_excluding_everything_is_an_error(tmp_path: Path) -> None:
     options = DatasetSettings(folder=str(tmp_path), missing_captions="exclude")
     with pytest.raises(DatasetError, match="has a caption"):
         require_captions(scan_dataset(options), options)
-
-
-names = st.sampled_from(["a", "b", "c.d", "ü", "10_x/a", "10_x/b", "deep/er/a", ".hidden", "__MACOSX/a"])
-endings = st.sampled_from([".png", ".jpg", ".txt", ".TXT", ".caption", ".md", "", ".zip"])
-contents = st.sampled_from([b"", b"a dog", b"\xff\xfe\0", b"PICTURE", b"PICTURE", b"PICTURE"])
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(files=st.dictionaries(st.tuples(names, endings), contents, min_size=1, max_size=12))
-def test_accepted_and_refused_together_are_the_files_found(
-    files: dict[tuple[str, str], bytes], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    root = tmp_path_factory.mktemp("data")
-    picture(root / "always.png")
-    for (name, ending), content in files.items():
-        path = root / (name + ending)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes((root / "always.png").read_bytes() if content == b"PICTURE" else content)
-    dataset = scan(root)
-    visible = {
-        path.relative_to(root).as_posix()
-        for path in root.rglob("*")
-        if path.is_file() and not path.name.startswith(".") and "__MACOSX" not in path.parts
-    }
-    used = {item.caption_path.relative_to(root).as_posix() for item in dataset.items if item.caption_path}
-    accepted, refused = [item.relative for item in dataset.items], [refusal.relative for refusal in dataset.refused]
-    assert sorted(accepted + refused) == sorted(visible - used)
-    assert dataset.found == len(accepted) + len(refused)
-    assert all(refusal.reason for refusal in dataset.refused)
 
 
 def test_scanning_does_not_load_torch() -> None:
