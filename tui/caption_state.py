@@ -44,23 +44,28 @@ class CaptionState:
         self.dataset = dataset
         self.items: dict[str, ImageItem] = {item.relative: item for item in dataset.items}
         self._edits: dict[str, Edit] = dict(edits or {})
-        self._own = {item.relative: item.captions for item in dataset.items if item.caption_source != "overlay"}
+        self._own = {item.relative: item for item in dataset.items if item.caption_source != "overlay"}
         self._steps: list[Step] = []
 
     def learn_own(self, dataset: Dataset) -> None:
         """Take the files' own captions from a scan that was made without the overlay."""
-        self._own |= {item.relative: item.captions for item in dataset.items if item.relative in self.items}
+        self._own |= {item.relative: item for item in dataset.items if item.relative in self.items}
 
     def own(self, relative: str) -> tuple[str, ...] | None:
         """Return the captions of the picture's own file, None while they are not known."""
-        return self._own.get(relative)
+        item = self._own.get(relative)
+        return None if item is None else item.captions
+
+    def own_items(self) -> list[ImageItem]:
+        """Return the pictures as their own files tell; as the scan found them where that is not known."""
+        return [self._own.get(name, item) for name, item in self.items.items()]
 
     def captions(self, relative: str) -> tuple[str, ...]:
         """Return the captions that count now; none where there are none."""
         edit = self._edits.get(relative)
         if edit is not None and edit.captions is not None:
             return edit.captions
-        return self._own.get(relative, self.items[relative].captions)
+        return self._own.get(relative, self.items[relative]).captions
 
     def author(self, relative: str) -> str:
         """Return who wrote the captions that count: "" for the picture's own file."""
@@ -95,7 +100,7 @@ class CaptionState:
             new = tuple(texts)
             if new == self.captions(relative):
                 continue
-            own = self._own.get(relative)
+            own = self.own(relative)
             back = new == own or (own == () and not any(text.strip() for text in new))
             changed[relative] = self._edit(relative, None if back else new, by)
         return self._take(changed, label)
@@ -114,7 +119,10 @@ class CaptionState:
 
         What was written to files is not undone here, so the steps are forgotten.
         """
-        self._own |= {name: ("\n".join(self.captions(name)),) for name in names if self.captions(name)}
+        for name in names:
+            # Several captions are written one a line, and read again as one text of several lines.
+            text = "\n".join(self.captions(name))
+            self._own[name] = replace(self.items[name], captions=(text,), caption_source="sidecar")
         edits = {name: self._edit(name, None, PERSON) for name in names}
         self._edits |= edits
         self._steps.clear()

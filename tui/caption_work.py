@@ -65,6 +65,17 @@ class CaptionWork:
             self._measured[name] = self._is_too_long(name)
         self._count_long()
 
+    def take_written(self, edits: Mapping[str, Edit], label: str) -> int:
+        """Take in what was written to the overlay by something else, as one step; return how many captions changed."""
+        before = self.state.edited()
+        self.state.take(edits, label)
+        changed = [name for name, edit in self.state.edited().items() if edit != before.get(name)]
+        self.writer.written += len(changed)
+        for name in changed:
+            self._measured[name] = self._is_too_long(name)
+        self._count_long()
+        return len(changed)
+
     def tick(self) -> bool:
         """Take in what threads found out; True where a screen has something new to show."""
         self._take_own()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -56,7 +57,11 @@ def settings() -> dict[str, FieldInfo]:
 @cache
 def kind_of(key: str) -> Kind:
     """Return which control fits the setting."""
-    annotation = settings()[key].annotation
+    return kind_of_type(settings()[key].annotation)
+
+
+def kind_of_type(annotation: Any) -> Kind:
+    """Return which control fits values of this type."""
     if typing.get_origin(annotation) is Literal:
         return "choice"
     if typing.get_origin(annotation) is list:
@@ -98,13 +103,18 @@ def page_of(key: str) -> str:
 @cache
 def bounds_of(key: str) -> str:
     """Return the allowed range in words, "" where anything goes."""
+    if kind_of(key) in ("choice", "choices"):
+        return ", ".join(choices_of(key))
+    return bounds_in(settings()[key].metadata)
+
+
+def bounds_in(metadata: Sequence[Any]) -> str:
+    """Return in words the range that a field's metadata declare, "" where there is none."""
     limits: dict[str, Any] = {}
-    for item in settings()[key].metadata:
+    for item in metadata:
         limits |= {
             name: value for name in ("ge", "gt", "le", "lt", "multiple_of") if (value := _limit(item, name)) is not None
         }
-    if kind_of(key) in ("choice", "choices"):
-        return ", ".join(choices_of(key))
     words = []
     if "ge" in limits or "gt" in limits:
         words.append(f"from {limits['ge']:g}" if "ge" in limits else f"above {limits['gt']:g}")
@@ -117,7 +127,11 @@ def bounds_of(key: str) -> str:
 
 def write_text(key: str, value: Any) -> str:
     """Return a value as the form shows it; `read_text` is the way back."""
-    kind = kind_of(key)
+    return write_as(kind_of(key), value)
+
+
+def write_as(kind: Kind, value: Any) -> str:
+    """Return a value of this kind as a form shows it."""
     if kind == "switch":
         return "on" if value else "off"
     if kind == "number":
@@ -131,14 +145,15 @@ def read_text(key: str, text: str) -> Any:
     """Return the value that a typed text means; raises ValueError with the reason in words."""
     from lorasmith.engine.run_file import check_setting
 
-    value = _convert(kind_of(key), text)
+    value = read_as(kind_of(key), text)
     problem = check_setting(key, value)
     if problem:
         raise ValueError(f"{label_of(key)} {problem}.")
     return value
 
 
-def _convert(kind: Kind, text: str) -> Any:
+def read_as(kind: Kind, text: str) -> Any:
+    """Return what a typed text means as a value of this kind; raises ValueError with the reason in words."""
     if kind == "switch":
         return text == "on"
     if kind in ("texts", "choices", "wholes", "numbers"):
