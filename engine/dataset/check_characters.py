@@ -19,11 +19,11 @@ _STRAY = re.compile(
 _SPOILED = re.compile(
     "[\xc2-\xc3][\x80-\xbf\u0152-\u0178\u2018-\u2022\u2026\u2030\u2039\u203a\u20ac\u2122]|\xe2\u20ac.|\xef\xbb\xbf"
 )
+_WESTERN = re.compile("[\xa0-\u017f\u2010-\u2026\u20ac\u2122\ufeff]+")
+_SPOILED_RUN = re.compile("[\x80-\xff\u0152-\u0178\u0192\u02c6\u02dc\u2013-\u2026\u2030\u2039\u203a\u20ac\u2122]{2,}")
 _LOST = re.compile("\ufffd")
-_HTML = re.compile(
-    r"</?(?!lora:)[a-z][a-z0-9]*(?:\s[^<>]*)?/?>|<!--.*?-->|&(?:[a-z]{2,8}|#\d{1,6}|#x[0-9a-f]{1,6});", re.I
-)
 _TAG = re.compile(r"</?(?!lora:)[a-z][a-z0-9]*(?:\s[^<>]*)?/?>|<!--.*?-->", re.IGNORECASE)
+_HTML = re.compile(_TAG.pattern + r"|&(?:[a-z]{2,8}|#\d{1,6}|#x[0-9a-f]{1,6});", re.IGNORECASE)
 _COMMAND = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>|\([^()]*:\s*\d+(?:\.\d+)?\s*\)|\bBREAK\b|\\[()]")
 _WEIGHT = re.compile(r"(?<!\\)\(([^()]*):\s*\d+(?:\.\d+)?\s*\)")
 
@@ -49,18 +49,20 @@ def check_characters(dataset: Dataset, context: CheckContext) -> list[Finding]:
 
 
 def repair_encoding(text: str) -> str:
-    """Return a text whose UTF-8 was read as Windows-1252 as it was meant, or the same where that is not what it is."""
+    """Return a text whose UTF-8 was read as Windows-1252 as it was meant, or the same where that is not what it is.
+
+    Only Latin letters, dashes, quotes and the like are brought back: other results are as likely to be meant as they
+    stand.
+    """
 
     def meant(match: re.Match[str]) -> str:
         try:
-            return b"".join(_byte(character) for character in match[0]).decode("utf-8")
+            text = b"".join(_byte(character) for character in match[0]).decode("utf-8")
         except UnicodeError:
             return match[0]
+        return text if _WESTERN.fullmatch(text) else match[0]
 
     return _SPOILED_RUN.sub(meant, text)
-
-
-_SPOILED_RUN = re.compile("[\x80-\xff\u0152-\u0178\u0192\u02c6\u02dc\u2013-\u2026\u2030\u2039\u203a\u20ac\u2122]{2,}")
 
 
 def _byte(character: str) -> bytes:
@@ -80,7 +82,7 @@ def _without_commands(text: str) -> str:
     text = re.sub(r"<(?:lora|lyco|hypernet):[^<>]*>|\bBREAK\b", " ", text)
     text = _WEIGHT.sub(r"\1", text)
     text = re.sub(r"\\([()])", r"\1", text)
-    return re.sub(r"\s*,(?:\s*,)+", ",", re.sub(r" {2,}", " ", text)).strip(" ,")
+    return re.sub(r"\s*,(?:\s*,)*", ",", re.sub(r" {2,}", " ", text)).strip(" ,")
 
 
 _KINDS = (

@@ -63,27 +63,27 @@ def _candidates(folder: Path) -> Iterator[Path]:
 
 def _triggers(path: Path, own: RunConfig | None) -> list[str]:
     try:
-        changed = path.stat().st_mtime_ns
-        facts = _read_run(path, changed) if path.name == "run.toml" else _read_file(path, changed)
+        status = path.stat()
+        read = _read_run if path.name == "run.toml" else _read_file
+        name, folder, triggers = read(path, status.st_mtime_ns, status.st_size)
     except (LorasmithError, OSError, ValueError, RecursionError):
         return []
-    name, folder, triggers = facts
     if own is not None and (name == own.run.name or (folder and folder == _absolute(own.dataset.folder))):
         return []
     return list(triggers)
 
 
 @lru_cache(maxsize=4096)
-def _read_run(path: Path, changed: int) -> tuple[str, str, tuple[str, ...]]:
-    """Return name, dataset folder and triggers of a run; kept until the file's time (ns) changes."""
+def _read_run(path: Path, changed: int, size: int) -> tuple[str, str, tuple[str, ...]]:
+    """Return name, dataset folder and triggers of a run; kept until the file's time (ns) or size changes."""
     values = tomllib.loads(path.read_text(encoding="utf-8"))
     trigger = _text(values, "captions", "trigger").strip()
     return (_text(values, "run", "name"), _absolute(_text(values, "dataset", "folder")), (trigger,) if trigger else ())
 
 
 @lru_cache(maxsize=4096)
-def _read_file(path: Path, changed: int) -> tuple[str, str, tuple[str, ...]]:
-    """Return name, no dataset folder and the triggers of a LoRA file; kept until the file's time (ns) changes."""
+def _read_file(path: Path, changed: int, size: int) -> tuple[str, str, tuple[str, ...]]:
+    """Return name, no dataset folder and the triggers of a LoRA file; kept until the file's time (ns) or size changes."""
     _, metadata = read_header(path)
     words = next((metadata[key] for key in _KEYS if metadata.get(key, "").strip() not in ("", "None")), "")
     return metadata.get("ss_output_name", path.stem), "", _split(words)
