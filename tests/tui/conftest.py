@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,6 +49,10 @@ class FakeTokenizer:
 
     def tokenize(self, word: str) -> list[str]:
         return ["dog</w>"] if word == "dog" else [letter if letter.isascii() else "<unk>" for letter in word]
+
+    def __call__(self, texts: list[str], **options: Any) -> Any:
+        """Give each text's tokens with a start and an end."""
+        return SimpleNamespace(input_ids=[[0, *range(len(self.tokenize(text))), 1] for text in texts])
 
 
 def a_machine(tell: Any) -> HardwareSnapshot:
