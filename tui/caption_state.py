@@ -206,13 +206,12 @@ class Ruler:
     limit: int = 0
 
     def measure(self, prompt: str) -> Length:
-        """Return the prompt's length, by the tokenizer that needs the most tokens."""
-        words = len(prompt.split())
-        if not self.tokenizers:
-            return Length(words)
-        return Length(words, max(_count(tokenizer, prompt) for tokenizer in self.tokenizers), self.limit)
+        """Return the prompt's length."""
+        return self.measure_all([prompt])[prompt]
 
+    def measure_all(self, prompts: Sequence[str]) -> dict[str, Length]:
+        """Return the length of each prompt, by the tokenizer that needs the most tokens."""
+        from lorasmith.engine.dataset.check_captions import count_tokens
 
-def _count(tokenizer: Any, prompt: str) -> int:
-    special = getattr(tokenizer, "num_special_tokens_to_add", None)
-    return len(tokenizer.tokenize(prompt)) + (special() if special is not None else 2)
+        tokens = count_tokens(prompts, self.tokenizers)
+        return {prompt: Length(len(prompt.split()), tokens[prompt], self.limit) for prompt in tokens}

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from lorasmith.tui.known import Known
 
 
+MEASURED_AT_ONCE = 200
+"""Pictures whose prompts a tokenizer reads before the screen's thread is let in."""
+
+
 class CaptionWork:
     """The captions as they stand (`state`), their way to the disk (`writer`), and the base's tokenizers (`ruler`)."""
 
@@ -113,17 +117,23 @@ class CaptionWork:
 
     def _measure_all(self) -> None:
         try:
-            for name in self.state.items:
-                if name not in self._measured:
-                    self._measured.setdefault(name, self._is_too_long(name))
-                    time.sleep(50e-6)  # lets the screen's thread in
+            names = list(self.state.items)
+            for start in range(0, len(names), MEASURED_AT_ONCE):
+                part = names[start : start + MEASURED_AT_ONCE]
+                self.ruler.measure_all([prompt for name in part for prompt in self._prompts(name)])
+                # Asked again, not taken from above: a caption may have been edited meanwhile.
+                self._measured |= {name: self._is_too_long(name) for name in part}
+                time.sleep(50e-6)  # lets the screen's thread in
         finally:
             self._measuring -= 1
             self._news = True
 
+    def _prompts(self, name: str) -> list[str]:
+        return [self.prompt(name, text) for text in self.state.captions(name) or ("",)]
+
     def _is_too_long(self, name: str) -> bool:
-        texts = self.state.captions(name) or ("",)
-        return any(self.length(name, text).too_long for text in texts)
+        lengths = self.ruler.measure_all(self._prompts(name))
+        return any(length.too_long for length in lengths.values())
 
     def _count_long(self) -> None:
         self.too_long = frozenset(name for name, long in tuple(self._measured.items()) if long)
