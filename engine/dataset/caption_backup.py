@@ -22,8 +22,6 @@ from lorasmith.engine.storage import atomic_write, fsync_file, fsync_folder, sto
 MANIFEST = "captions-backup.json"
 _ORIGINALS = "originals"
 _FORMAT = 1
-CAPTION_SUFFIXES = (".txt", ".caption")
-"""Extensions of the files that hold one picture's caption as plain text, in lower case, the preferred one first."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +123,6 @@ def replace_file(path: Path, data: bytes, mode: int = 0) -> None:
             temporary.unlink()
 
 
-def is_caption_name(path: Path) -> bool:
-    """Say whether the file's name is that of a caption in plain text."""
-    return path.suffix.lower() in CAPTION_SUFFIXES
-
-
 def _keep_rights(path: Path, temporary: Path, mode: int) -> None:
     if not mode:
         return
@@ -203,7 +196,7 @@ def _is_entry(entry: Any) -> bool:
     """Say whether a manifest's entry is one that `back_up` could have written."""
     path, original, mode = entry["path"], entry["original"], entry["mode"]
     inside = original is None or (PurePosixPath(original).parts[0] == _ORIGINALS and ".." not in Path(original).parts)
-    named = isinstance(path, str) and Path(path).is_absolute() and is_caption_name(Path(path))
+    named = isinstance(path, str) and Path(path).is_absolute()
     return named and inside and isinstance(mode, int) and isinstance(entry["written"], str)
 
 

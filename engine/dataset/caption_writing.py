@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorasmith.engine.dataset.caption_backup import (
-    CAPTION_SUFFIXES,
     CaptionFile,
     back_up,
-    is_caption_name,
     replace_file,
 )
 from lorasmith.engine.dataset.captions import MAX_CAPTION_BYTES
@@ -27,6 +25,8 @@ from lorasmith.engine.errors import DatasetError, StorageError
 from lorasmith.engine.storage import cache_folder
 
 _LISTED = 5
+_CAPTION_SUFFIXES = (".txt", ".caption")
+_NO_PLAIN_TEXT = (".json", ".jsonl", ".csv")
 _Places = Mapping[tuple[Path, str], Path]
 
 
@@ -67,7 +67,7 @@ def write_captions(dataset: Dataset, edits: Mapping[str, Edit], backup: Path) ->
         pictures=tuple(file.relative for file in files),
         unchanged=tuple(file.relative for file in files if _holds_already(file)),
         unknown=tuple(relative for relative in edits if relative not in known),
-        notes=tuple(_notes(dataset, edits)),
+        notes=tuple(_notes(dataset, edits, files)),
         backup=backup,
     )
 
@@ -123,8 +123,8 @@ def _captions_beside(folders: Iterable[Path]) -> _Places:
             names = [Path(entry.path) for entry in os.scandir(folder) if not entry.is_dir()]
         except OSError as error:
             raise _cannot(folder, error.strerror or str(error)) from None
-        captions = [path for path in names if is_caption_name(path)]
-        captions.sort(key=lambda path: (CAPTION_SUFFIXES.index(path.suffix.lower()), path.name != path.name.lower()))
+        captions = [path for path in names if path.suffix.lower() in _CAPTION_SUFFIXES]
+        captions.sort(key=lambda path: (_CAPTION_SUFFIXES.index(path.suffix.lower()), path.name != path.name.lower()))
         for path in captions:
             found.setdefault(_stem(path), path)
     return found
@@ -132,9 +132,9 @@ def _captions_beside(folders: Iterable[Path]) -> _Places:
 
 def _caption_file(item: ImageItem, captions: Sequence[str], places: _Places) -> CaptionFile:
     """Return what to write for a picture: into the file in use, else the one beside it, else a new one."""
-    path = item.caption_path if item.caption_source == "sidecar" else None
-    if path is None or not is_caption_name(path):
-        path = places.get(_stem(item.path), item.path.with_suffix(CAPTION_SUFFIXES[0]))
+    path = item.caption_path
+    if path is None or path.suffix.lower() in _NO_PLAIN_TEXT:
+        path = places.get(_stem(item.path), item.path.with_suffix(_CAPTION_SUFFIXES[0]))
     data = _as_bytes(item, captions)
     try:
         status = path.lstat()
@@ -187,10 +187,10 @@ def _require_no_sharing(dataset: Dataset, files: Sequence[CaptionFile]) -> None:
         if other.data != file.data:
             raise _shared(file.path, other.relative, file.relative)
     written = {file.relative for file in files}
-    stems = {_stem(file.path): file for file in files if not _holds_already(file)}
+    new = {_stem(file.path): file for file in files if file.original is None}
     for item in dataset.items:
-        sharing = stems.get(_stem(item.path))
-        if sharing is not None and item.relative not in written:
+        sharing = by_path.get(item.caption_path) if item.caption_path else new.get(_stem(item.path))
+        if sharing is not None and item.relative not in written and not _holds_already(sharing):
             raise _shared(sharing.path, sharing.relative, item.relative)
 
 
@@ -217,12 +217,13 @@ def _write_all(files: Sequence[CaptionFile], backup: Path) -> None:
             ) from error
 
 
-def _notes(dataset: Dataset, edits: Mapping[str, Edit]) -> Iterator[str]:
+def _notes(dataset: Dataset, edits: Mapping[str, Edit], files: Sequence[CaptionFile]) -> Iterator[str]:
     edited = [(item, edits[item.relative]) for item in dataset.items if item.relative in edits]
-    listed = [item for item, edit in edited if edit.captions and item.caption_source == "metadata"]
-    if listed:
-        name = listed[0].caption_path.name if listed[0].caption_path else "a list"
-        yield f"Captions of {name} stay in it; the files beside the {len(listed)} pictures count instead of it."
+    own = {file.path for file in files}
+    lists = [item.caption_path for item, edit in edited if edit.captions and item.caption_path not in (None, *own)]
+    if lists:
+        names = _listing(list(dict.fromkeys(str(path.name) for path in lists if path)))
+        yield f"{len(lists)} captions also stand in {names}; the files beside the pictures count instead of it."
     several = sum(len(edit.captions or ()) > 1 for _, edit in edited)
     if several:
         yield f"{several} pictures have several captions, written one a line: set captions.lines to choose."
