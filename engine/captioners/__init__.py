@@ -34,9 +34,9 @@ class CaptionerSpec:
     """Facts of a captioner that are readable without loading it.
 
     `kind` is what it writes. `default_model` is a Hub id and `revision` the commit that was looked at; `bytes` is what
-    is downloaded of it, about. `files` are the names that its folder must hold; with `safetensors` also weights in that
-    format. `package` is an import name that not every installation has, and `extra` what brings it. `cpu_precision` is
-    the number format on the CPU. `good_for` is one sentence for somebody who chooses.
+    is downloaded of it, about. `files` are the names that its folder must hold (`a|b`: one of the two); with
+    `safetensors` also weights in that format. `package` is an import name that not every installation has, and `extra`
+    what brings it. `cpu_precision` is the number format on the CPU. `good_for` is one sentence to choose by.
     """
 
     name: str

@@ -46,12 +46,11 @@ def locate_model(spec: CaptionerSpec, model: str = "", on_progress: OnProgress |
 
 def require_files(spec: CaptionerSpec, folder: Path) -> None:
     """Raise CaptionerError naming the file of `folder` that is missing, empty, torn, or a pickle."""
-    for name in spec.files:
-        path = folder / name
-        if not path.is_file():
-            raise CaptionerError(f"{folder} has no {name}, which {spec.label} needs.", fix=_AGAIN)
-        if path.stat().st_size == 0:
-            raise CaptionerError(f"{path} is empty.", fix=_AGAIN)
+    present = [path.name for path in folder.iterdir() if path.is_file()]
+    _require_names(spec, str(folder), present, _AGAIN)
+    for name in present:
+        if name in "|".join(spec.files).split("|") and (folder / name).stat().st_size == 0:
+            raise CaptionerError(f"{folder / name} is empty.", fix=_AGAIN)
     if spec.safetensors:
         read_tensors(spec, folder)
 
@@ -92,12 +91,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def _needed(spec: CaptionerSpec, names: Sequence[str], repo: str) -> list[str]:
     from lorasmith.engine.hub import needed_part_files
 
-    missing = [name for name in spec.files if name not in names]
-    if missing:
-        raise CaptionerError(
-            f"{repo} has no {missing[0]}, which {spec.label} needs.", fix=f"Choose {spec.default_model}, or a like one."
-        )
+    _require_names(spec, repo, names, f"Choose {spec.default_model}, or a like one.")
     return needed_part_files("", names, repo) if spec.safetensors else list(spec.files)
+
+
+def _require_names(spec: CaptionerSpec, place: str, names: Sequence[str], fix: str) -> None:
+    for wanted in spec.files:
+        alternatives = wanted.split("|")
+        if not any(name in names for name in alternatives):
+            raise CaptionerError(f"{place} has no {' or '.join(alternatives)}, which {spec.label} needs.", fix=fix)
 
 
 def _is_complete(spec: CaptionerSpec, folder: Path) -> bool:

@@ -29,7 +29,7 @@ SPEC = CaptionerSpec(
         url="https://huggingface.co/Salesforce/blip-image-captioning-large",
         consequence="Free to use, also commercially.",
     ),
-    files=("config.json", "preprocessor_config.json"),
+    files=("config.json", "tokenizer.json", "preprocessor_config.json|processor_config.json"),
     good_for="One short sentence a photograph; needs little memory.",
     sources=(
         "https://huggingface.co/Salesforce/blip-image-captioning-large",

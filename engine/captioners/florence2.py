@@ -29,7 +29,7 @@ SPEC = CaptionerSpec(
         url="https://huggingface.co/florence-community/Florence-2-large",
         consequence="Free to use, also commercially.",
     ),
-    files=("config.json", "preprocessor_config.json"),
+    files=("config.json", "tokenizer.json", "preprocessor_config.json|processor_config.json"),
     good_for="Sentences about photographs and art; small enough for most GPUs, slow but possible on a CPU.",
     sources=(
         "https://huggingface.co/docs/transformers/model_doc/florence2",

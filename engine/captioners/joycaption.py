@@ -29,7 +29,7 @@ SPEC = CaptionerSpec(
         url="https://www.llama.com/llama3_1/license/",
         consequence="Commercial use is allowed below 700 million monthly users; the use policy of Llama applies.",
     ),
-    files=("config.json", "preprocessor_config.json", "processor_config.json"),
+    files=("config.json", "tokenizer.json", "preprocessor_config.json|processor_config.json"),
     good_for="The most exact descriptions, of any kind of picture; needs a GPU with about 18 GB.",
     cpu_precision="bf16",
     sources=(

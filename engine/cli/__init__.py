@@ -1,4 +1,4 @@
-"""The headless commands: `lorasmith train`, `demo`, `check`, `plan`, `doctor`, `runs`, `inspect`, `export`.
+"""The headless commands: `lorasmith train`, `demo`, `check`, `caption`, `plan`, `doctor`, `runs`, `inspect`, `export`.
 
 Starting is cheap: each command imports what it needs when it runs, so `--version` and `--help` never load torch.
 A LorasmithError ends with its three parts on stderr and its own exit code, anything unexpected with the path of a log.
@@ -14,6 +14,11 @@ from typing import Annotated
 import typer
 
 from lorasmith.engine import errors
+from lorasmith.engine.cli.caption import caption_app
+from lorasmith.engine.cli.caption_edit import edit as _edit
+from lorasmith.engine.cli.caption_edit import restore as _restore
+from lorasmith.engine.cli.caption_edit import tags as _tags
+from lorasmith.engine.cli.caption_edit import write as _write
 from lorasmith.engine.cli.check import check as _check
 from lorasmith.engine.cli.export import export as _export
 from lorasmith.engine.cli.output import fail, make_streams_safe, write_crash_log
@@ -45,6 +50,9 @@ app = typer.Typer(
 
 for _command in (_train, _demo, _check, _plan, _doctor, _runs, _inspect, _export):
     app.command()(_command)
+for _command in (_edit, _tags, _write, _restore):
+    caption_app.command()(_command)
+app.add_typer(caption_app, name="caption")
 
 
 def _show_version(wanted: bool) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ import pytest
 
 from lorasmith.engine.errors import BaseModelError, HubError, LorasmithError
 from lorasmith.engine.sources import BaseFiles, TensorInfo, locate_base, read_header
+from tests.engine.fake_hub import COMMIT, REPO, Answer, FakeHub
 
 TOKEN = "hf_secretsecretsecretsecret"
-REPO = "someone/model"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def _safetensors(path: Path, data: bytes = bytes(24), **changes: Any) -> Path:
@@ -262,56 +260,12 @@ NEEDED = {
     "unet/diffusion_pytorch_model.safetensors",
     "tokenizer/tokenizer.json",
 }
-Answer = Callable[[Any], Any]
-
-
-class FakeHub:
-    """The Hub's answers as the real client sees them; `fetched` lists the files whose contents were sent."""
-
-    def __init__(self) -> None:
-        self.files = dict(FILES)
-        self.fetched: list[str] = []
-        self.override: Answer | None = None
-        self.refuse_files: Answer | None = None
-
-    def __call__(self, request: Any) -> Any:
-        import httpx2
-
-        if self.override is not None:
-            return self.override(request)
-        path = request.url.path
-        if path.startswith("/api/models/"):
-            siblings = [{"rfilename": name, "size": len(data)} for name, data in self.files.items()]
-            return httpx2.Response(200, json={"id": REPO, "sha": COMMIT, "siblings": siblings})
-        if self.refuse_files is not None:
-            return self.refuse_files(request)
-        name = path.partition(f"/resolve/{COMMIT}/")[2]
-        data = self.files[name]
-        etag = f'"{hashlib.sha256(data).hexdigest()}"'
-        headers = {"X-Repo-Commit": COMMIT, "ETag": etag, "Content-Length": str(len(data))}
-        if request.method == "GET":
-            self.fetched.append(name)
-        return httpx2.Response(200, headers=headers, content=data if request.method == "GET" else b"")
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
-    import httpx2
-    import huggingface_hub
-    import huggingface_hub.constants as constants
-    from huggingface_hub.utils._http import default_client_factory
-
-    fake = FakeHub()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
-    huggingface_hub.set_client_factory(
-        lambda: httpx2.Client(transport=httpx2.MockTransport(fake), follow_redirects=True)
-    )
-    yield fake
-    huggingface_hub.set_client_factory(default_client_factory)
+def hub(hub: FakeHub) -> FakeHub:
+    hub.files = dict(FILES)
+    return hub
 
 
 def _refusal(status: int, code: str = "", message: str = "") -> Answer:
