@@ -44,8 +44,8 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 _UTF8_NAME, _ENCRYPTED = 0x800, 0x1
 # What a damaged entry makes zipfile and the decompressors raise.
 _ENTRY_ERRORS = (
-    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, RuntimeError, struct.error, KeyError, IndexError,
-    MemoryError,
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, RuntimeError, struct.error, KeyError,
+    IndexError, MemoryError,
 )  # fmt: skip
 
 

@@ -130,6 +130,9 @@ def main() -> None:
     with open(os.devnull, "r+b") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
+    # What libraries load and set aside at their first use is not to count as memory for a picture.
+    Image.init()
+    measure_picture(Image.new("RGB", (16, 16)))
     taken, allowed = _memory_taken(), None
     answers.write(b"{}\n")  # ready: what loading takes is not counted as time for the first file
     answers.flush()

@@ -21,6 +21,7 @@ MEASURED_SIDE = 512
 _BLUR_LENGTH = 9
 _CRISP = 0.78
 _STEP_NOISE = 1
+_ENOUGH = 128
 _HASH_SIDE, _HASH_PIXELS = 8, 32
 _BAR_TOLERANCE = 12
 _BAR_SHARE = 0.01
@@ -98,23 +99,28 @@ def sharpness(pixels: _Gray) -> float:
     """
     if min(pixels.shape) <= _BLUR_LENGTH:
         return 0.0
-    values = pixels.astype(np.int16)
-    kept = min(_kept_edges(values), _kept_edges(np.ascontiguousarray(values.T)))
+    # Every second line across is as good as all of them, and half the work.
+    down = pixels[:, :: 2 if pixels.shape[1] >= _ENOUGH else 1].astype(np.int16)
+    along = pixels[:: 2 if pixels.shape[0] >= _ENOUGH else 1].T.astype(np.int16, order="C")
+    kept = min(_kept_edges(down), _kept_edges(along))
     return kept / _CRISP
 
 
 def _kept_edges(values: npt.NDArray[np.int16]) -> float:
     """Return the share of the differences along rows that a box filter along columns takes away, 0..1."""
-    step = np.abs(values[1:] - values[:-1])
-    step[step <= _STEP_NOISE] = 0  # what is left of a soft slope in 8 bits are steps of one, which look crisp
-    across = np.abs(values[_BLUR_LENGTH:] - values[:-_BLUR_LENGTH])
     before, after = (_BLUR_LENGTH - 1) // 2, _BLUR_LENGTH // 2
-    middle = step[before : step.shape[0] - after]
-    total = int(middle.sum(dtype=np.int64))
+    middle = values[before : len(values) - after]
+    step = middle[1:] - middle[:-1]
+    np.abs(step, out=step)
+    step *= step > _STEP_NOISE  # what is left of a soft slope in 8 bits are steps of one, which look crisp
+    total = int(step.sum(dtype=np.int32))
     if total == 0:
         return 0.0
-    lost = np.maximum(middle * _BLUR_LENGTH - across, 0)
-    return int(lost.sum(dtype=np.int64)) / (_BLUR_LENGTH * total)
+    across = values[_BLUR_LENGTH:] - values[:-_BLUR_LENGTH]
+    np.abs(across, out=across)
+    step *= _BLUR_LENGTH
+    step -= across
+    return int(np.maximum(step, 0, out=step).sum(dtype=np.int32)) / (_BLUR_LENGTH * total)
 
 
 def border_share(pixels: _Gray) -> float:
