@@ -21,7 +21,7 @@ from lorasmith.engine.cli.progress import RunPrinter, duration, size
 from lorasmith.engine.run_file import setting_fields
 from tests.engine.cli_runs import TinyRun, make_tiny_run
 
-COMMANDS = ("train", "demo", "check", "plan", "doctor", "runs", "inspect", "export")
+COMMANDS = ("train", "demo", "check", "caption", "plan", "doctor", "runs", "inspect", "export")
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -239,35 +239,7 @@ def test_doctor_ends_with_the_hardware_code_where_a_check_fails(
     assert main(["doctor"]) == 0
 
 
-# Check and inspect
-
-
-def test_check_shows_buckets_captions_and_what_is_refused(
-    tiny_sd15: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tiny = make_tiny_run(tmp_path, tiny_sd15)
-    (tiny.pictures / "broken.png").write_bytes(b"no picture")
-    (tiny.pictures / "00.txt").unlink()
-    arguments = ["check", str(tiny.pictures), "--trigger", "zqx", "--resolution", "64", "--base", str(tiny_sd15)]
-    assert main([*arguments, "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert (report["found"], report["accepted"]) == (4, 3)
-    assert report["buckets"] == {"64x64": 3}
-    assert report["captions_missing"] == ["00.png"]
-    assert [entry["file"] for entry in report["refused"]] == ["broken.png"]
-    assert report["captions"][1]["caption"] == "zqx, a picture, number 1"
-    assert 3 < report["tokens"]["longest"] <= report["tokens"]["limit"]
-    assert main(arguments) == 0
-    text = capsys.readouterr().out
-    assert "1 pictures have no caption" in text
-    assert "broken.png" in text
-
-
-def test_check_takes_the_resolution_of_the_base_model(
-    trained: TinyRun, tiny_sd15: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["check", str(trained.pictures), "--base", str(tiny_sd15), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["resolution"] == 64
+# Inspect
 
 
 def test_inspect_tells_a_lora_from_a_base_model(
