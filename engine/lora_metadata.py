@@ -50,21 +50,27 @@ def dataset_facts(
 
     `images` and `regularization` count a picture once for each repeat, as other trainers do.
     """
-    from lorasmith.engine.dataset.captions import compose
+    from lorasmith.engine.dataset.captions import compose, split_tags
 
     folders: dict[bool, dict[str, tuple[int, int]]] = {False: {}, True: {}}
-    totals = {False: 0, True: 0}
+    totals = {False: 0.0, True: 0.0}
     tags: dict[str, Counter[str]] = {}
     for item in dataset.items:
-        name = safe_label(PurePath(item.relative).parent.name or dataset.folder.resolve().name) or "dataset"
+        name = safe_label(PurePath(item.relative).parent.name or _dataset_name(dataset)) or "dataset"
         known = folders[item.regularization]
         known[name] = (round(item.repeats), known.get(name, (0, 0))[1] + 1)
-        totals[item.regularization] += round(item.repeats)
-        caption = compose(item.caption, captions.trigger, item.regularization)
-        tags.setdefault(name, Counter()).update(tag.strip() for tag in caption.split(",") if tag.strip())
+        totals[item.regularization] += item.repeats
+        prompts = [compose(caption, captions.trigger, item.regularization) for caption in item.captions or (None,)]
+        # A tag counts once for each picture, however many captions of it have the tag.
+        tags.setdefault(name, Counter()).update({tag for prompt in prompts for tag in split_tags(prompt)})
     return DatasetFacts(
-        totals[False], totals[True], folders[False], folders[True], tags, dict(buckets), batches_per_epoch
+        round(totals[False]), round(totals[True]), folders[False], folders[True], tags, dict(buckets), batches_per_epoch
     )
+
+
+def _dataset_name(dataset: Dataset) -> str:
+    """Return the name of the dataset's folder, or that of its archive or Kohya file without the extension."""
+    return dataset.folder.stem if dataset.folder.is_file() else dataset.folder.resolve().name
 
 
 def build_metadata(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from lorasmith.engine.config import RunConfig
@@ -17,17 +18,25 @@ def require_ready(config: RunConfig) -> None:
     """Refuse settings that no run can start with; writes nothing and asks no network.
 
     Raises ConfigError without a trigger, DatasetError where a folder is missing, BaseModelError where no base model is
-    given or it does not exist, and StorageError where the output folder cannot be made or written to.
+    given or it does not exist, and StorageError where the output folder cannot be made or written to, or lies inside a
+    dataset.
     """
     require_trigger(config.captions)
-    require_folders(config.dataset)
+    folders = require_folders(config.dataset)
     # What the Hub has is only known by asking it, which the run itself does.
     if not is_hub_id(config.base.model):
         locate_base(config.base.model)
-    _require_output(Path(config.run.output_folder).expanduser())
+    _require_output(Path(config.run.output_folder).expanduser(), folders)
 
 
-def _require_output(folder: Path) -> None:
+def _require_output(folder: Path, datasets: Sequence[Path]) -> None:
+    for dataset in datasets:
+        if folder.resolve().is_relative_to(dataset.resolve()):
+            raise StorageError(
+                f"The output folder {folder} lies inside the dataset {dataset}.",
+                why="The dataset is only read, and the previews of a run would be taken for pictures of the next.",
+                fix="Choose another run.output_folder, or put the pictures into a folder of their own.",
+            )
     existing = nearest_existing(folder)
     if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
         return

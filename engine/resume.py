@@ -10,8 +10,9 @@ from lorasmith.engine.checkpoints import Checkpoint, has_checkpoints, newest_che
 from lorasmith.engine.config import RunConfig
 from lorasmith.engine.errors import CheckpointError
 
-MAY_CHANGE = ("run.name", "run.output_folder", "dataset.folder", "dataset.regularization_folder", "train.device",
-              "train.log_every", "previews.", "checkpoints.", "export.")  # fmt: skip
+MAY_CHANGE = ("run.name", "run.output_folder", "dataset.folder", "dataset.more_folders",
+              "dataset.regularization_folder", "dataset.overlay", "train.device", "train.log_every", "previews.",
+              "checkpoints.", "export.")  # fmt: skip
 """Settings, or beginnings of settings, that a resumed run may have different: they do not alter what is learnt."""
 
 

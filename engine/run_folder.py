@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from lorasmith.engine.dataset.overlay import append_edits, read_overlay
 from lorasmith.engine.errors import ConfigError, RunLockedError, StorageError
 from lorasmith.engine.events import CheckpointSaved, Event, RunEnded, RunStarted, StepsDone
 from lorasmith.engine.journal import replay
@@ -71,6 +72,11 @@ class RunFolder:
         return self.path / "previews"
 
     @property
+    def overlay(self) -> Path:
+        """The edited captions as they were when the run was made; only there where the settings name some."""
+        return self.path / "overlay.jsonl"
+
+    @property
     def export(self) -> Path:
         """Folder of shareable LoRA files."""
         return self.path / "export"
@@ -83,7 +89,8 @@ class RunFolder:
 def create_run(resolved: ResolvedConfig) -> RunFolder:
     """Make `output_folder/NAME-YYYYmmdd-HHMMSS` (mode 0700) with its sub-folders and `run.toml` (mode 0600).
 
-    Raises StorageError where the output folder cannot be written to.
+    Edited captions are copied into it, so that later edits change nothing for a run that is resumed. Raises
+    StorageError where the output folder cannot be written to, DatasetError where the edits cannot be read.
     """
     settings = resolved.config.run
     output = Path(settings.output_folder).expanduser().absolute()
@@ -99,23 +106,39 @@ def create_run(resolved: ResolvedConfig) -> RunFolder:
             why=error.strerror or str(error),
             fix="Choose another run.output_folder, or correct its permissions.",
         ) from error
-    atomic_write(run.run_file, to_toml(_with_absolute_paths(resolved)).encode())
+    stored = _with_absolute_paths(resolved)
+    if stored.config.dataset.overlay:
+        stored = _with_own_overlay(run, stored)
+    atomic_write(run.run_file, to_toml(stored).encode())
     run.run_file.chmod(0o600)
     return run
 
 
 def _with_absolute_paths(resolved: ResolvedConfig) -> ResolvedConfig:
-    """Return the settings with absolute folders, so that the run can be resumed from anywhere."""
+    """Return the settings with absolute paths, so that the run can be resumed from anywhere."""
     config = resolved.config
-    dataset = {
-        name: str(Path(value).expanduser().absolute())
-        for name in ("folder", "regularization_folder")
+    dataset: dict[str, Any] = {
+        name: _absolute(value)
+        for name in ("folder", "regularization_folder", "overlay")
         if (value := getattr(config.dataset, name))
     }
+    dataset["more_folders"] = [_absolute(value) for value in config.dataset.more_folders]
     model = Path(config.base.model).expanduser()
     base = {"model": str(model.absolute())} if config.base.model and model.exists() else {}
     changed = {"dataset": config.dataset.model_copy(update=dataset), "base": config.base.model_copy(update=base)}
     return ResolvedConfig(config.model_copy(update=changed), resolved.origins)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+def _with_own_overlay(run: RunFolder, resolved: ResolvedConfig) -> ResolvedConfig:
+    """Copy the edited captions into the run folder, and return the settings with that copy in their place."""
+    config = resolved.config
+    append_edits(run.overlay, read_overlay(Path(config.dataset.overlay)))
+    dataset = config.dataset.model_copy(update={"overlay": str(run.overlay)})
+    return ResolvedConfig(config.model_copy(update={"dataset": dataset}), resolved.origins)
 
 
 def open_run(path: Path) -> RunFolder:

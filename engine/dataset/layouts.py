@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from lorasmith.engine.dataset.caption_lists import is_list
@@ -67,7 +67,7 @@ def sort_files(root: Root, files: Sequence[File], mask_files: Sequence[File] = (
             layout.sidecars.append(file)
         elif is_list(path):
             layout.lists.append(file)
-        elif _is_mask(path, root):
+        elif path.stem.lower().endswith(MASK_ENDING) or _mask_folder(path.parent, root.folder) is not None:
             layout.masks.append(file)
         else:
             pictures.append(file)
@@ -131,14 +131,23 @@ def _sidecars_by_name(root: Root, files: Iterable[File]) -> defaultdict[_Key, li
     return named
 
 
-def _is_mask(path: Path, root: Root) -> bool:
-    return path.stem.lower().endswith(MASK_ENDING) or _mask_folder(path, root) is not None
-
-
-def _mask_folder(path: Path, root: Root) -> int | None:
-    """Return which part of the path below the root is the last folder named like one of masks."""
-    parts = path.parent.relative_to(root.folder).parts
+@lru_cache(maxsize=1024)
+def _mask_folder(folder: Path, root: Path) -> int | None:
+    """Return which part of the path from the root to a folder is the last that is named like one of masks."""
+    parts = folder.relative_to(root).parts
     return next((place for place in reversed(range(len(parts))) if parts[place].lower() in MASK_FOLDERS), None)
+
+
+@lru_cache(maxsize=1024)
+def _near_folders(folder: Path, root: Path) -> tuple[Path, ...]:
+    """Return `folder` with one part of its path below the root left out, in each way, the last part first."""
+    depth = len(folder.relative_to(root).parts)
+    return tuple(_without_part(root, folder, place) for place in reversed(range(depth)))
+
+
+def _without_part(root: Path, folder: Path, place: int) -> Path:
+    parts = folder.relative_to(root).parts
+    return root.joinpath(*parts[:place], *parts[place + 1 :])
 
 
 class _MaskNames:
@@ -155,11 +164,11 @@ class _MaskNames:
             if path in by_kohya:
                 self._beside[root.folder, name].append(path)
                 continue
-            place = _mask_folder(path, root)
+            place = _mask_folder(path.parent, root.folder)
             if place is None:
                 self._beside[path.parent, name].append(path)
             else:
-                self._in_folder[_without_part(root, path.parent, place), name].append(path)
+                self._in_folder[_without_part(root.folder, path.parent, place), name].append(path)
 
     def of_picture(self, path: Path) -> tuple[list[Path], list[Path]]:
         """Return the masks that are the picture's for sure, and those in a folder beside its own or one further up."""
@@ -167,14 +176,8 @@ class _MaskNames:
         sure = self._beside.get((folder, name), []) + self._in_folder.get((folder, name), [])
         if not self._in_folder:
             return sure, []
-        depth = len(folder.relative_to(self._root.folder).parts)
-        near = [_without_part(self._root, folder, place) for place in reversed(range(depth))]
+        near = _near_folders(folder, self._root.folder)
         return sure, [mask for other in near for mask in self._in_folder.get((other, name), []) if mask not in sure]
-
-
-def _without_part(root: Root, folder: Path, place: int) -> Path:
-    parts = folder.relative_to(root.folder).parts
-    return root.folder.joinpath(*parts[:place], *parts[place + 1 :])
 
 
 def _disputed(pictures: Sequence[File], found: Sequence[tuple[list[Path], list[Path]]]) -> set[Path]:

@@ -66,18 +66,34 @@ def scan_dataset(settings: DatasetSettings, on_progress: Progress | None = None)
 
 
 def require_folders(settings: DatasetSettings) -> list[Path]:
-    """Return the folders, archives and dataset files that would be read, without unpacking or decoding anything.
+    """Return the folders, and the archives, that would be read; nothing is unpacked or decoded.
 
     Raises DatasetError naming the setting where one is not given, does not exist or cannot be a dataset, where two are
-    the same folder, and where the edited captions cannot be read.
+    the same folder, and where the edited captions do not exist or cannot be read.
     """
     roots, _ = require_roots(settings)
+    if settings.overlay and not _overlay(settings).exists():
+        raise DatasetError(
+            f"The edited captions {settings.overlay} do not exist.",
+            fix="Correct dataset.overlay, or remove it to use the captions of the dataset.",
+        )
     _read_edits(settings)
     return [root.folder for root in roots]
 
 
+def _overlay(settings: DatasetSettings) -> Path:
+    try:
+        return Path(settings.overlay).expanduser()
+    except RuntimeError:
+        raise DatasetError(
+            f"The edited captions {settings.overlay} cannot be read.",
+            why="That home folder is unknown.",
+            fix="Correct dataset.overlay.",
+        ) from None
+
+
 def _read_edits(settings: DatasetSettings) -> dict[str, Edit]:
-    return read_overlay(Path(settings.overlay).expanduser()) if settings.overlay else {}
+    return read_overlay(_overlay(settings)) if settings.overlay else {}
 
 
 def _list_root(scan: _Scan, root: Root, roots: Sequence[Root]) -> Layout:
@@ -94,7 +110,7 @@ def _list_root(scan: _Scan, root: Root, roots: Sequence[Root]) -> Layout:
         walked.system += inside.system
     overlay = scan.settings.overlay
     # Edits that lie in the dataset are no caption list of it.
-    own = Path(overlay).expanduser().resolve() if overlay else Path()
+    own = _overlay(scan.settings).resolve() if overlay else Path()
     files = [file for file in walked.files if file[0].name != own.name or file[0].resolve() != own]
     scan.refused += [Refusal(root.prefix + entry.relative, entry.reason) for entry in root.refused]
     scan.refused += walked.refused
@@ -187,6 +203,8 @@ def _name_notes(candidate: Candidate) -> tuple[str, ...]:
 
 
 def _note_lost_edits(scan: _Scan) -> None:
+    if scan.settings.overlay and not _overlay(scan.settings).exists():
+        scan.notes.append(f"dataset.overlay: {scan.settings.overlay} does not exist, so nothing is edited")
     known = {candidate.relative for _, layout in scan.layouts for candidate in layout.candidates}
     lost = sorted(scan.edits.keys() - known)
     if lost:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from lorasmith.engine.config import RunConfig
+from lorasmith.engine.config import CaptionSettings, RunConfig
 from lorasmith.engine.dataset.buckets import plan_buckets
+from lorasmith.engine.dataset.items import Dataset, ImageItem
 from lorasmith.engine.dataset.scan import scan_dataset
 from lorasmith.engine.families import BaseIdentity, identify_base
 from lorasmith.engine.lora_metadata import (
@@ -144,6 +146,18 @@ def test_no_path_and_no_token_of_this_machine_is_told(tmp_path: Path, monkeypatc
     assert "zqx" not in tags["1_man"]
     assert metadata["ss_num_train_images"] == "31"
     assert metadata["ss_num_reg_images"] == "2"
+
+
+def test_a_tag_counts_once_for_a_picture_and_fractional_repeats_add_up(tmp_path: Path) -> None:
+    (tmp_path / "cats.zip").touch()
+    item = ImageItem(Path("a"), "a.png", "0", 64, 64, 1.5, ("red, round", "red, square"), class_name="cat")
+    items = (item, replace(item, relative="b.png"), replace(item, relative="reg/r.png", regularization=True))
+    dataset = Dataset(tmp_path / "cats.zip", items, (), 3)
+    facts = dataset_facts(dataset, CaptionSettings(trigger="zqx"), {}, 3)
+    assert facts.tags["cats"] == {"zqx": 2, "red": 2, "round": 2, "square": 2}
+    assert facts.folders == {"cats": (2, 2)}
+    assert (facts.images, facts.regularization) == (3, 2)
+    assert facts.regularization_folders == {"reg": (2, 1)}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,9 @@ def test_a_model_on_the_hub_passes_unasked(tmp_path: Path) -> None:
         ({"dataset": {"folder": ""}}, DatasetError, "No dataset folder"),
         ({"dataset": {"folder": "/nowhere/at all"}}, DatasetError, "/nowhere/at all does not exist"),
         ({"dataset": {"regularization_folder": "/nowhere"}}, DatasetError, "dataset.regularization_folder"),
+        ({"dataset": {"more_folders": ["/nowhere"]}}, DatasetError, r"dataset\.more_folders\[0\]"),
+        ({"dataset": {"folder": __file__}}, DatasetError, "is not a folder"),
+        ({"dataset": {"overlay": "/nowhere.jsonl"}}, DatasetError, r"/nowhere\.jsonl do not exist"),
         ({"base": {"model": " "}}, BaseModelError, "No base model"),
         ({"base": {"model": "./none.safetensors"}}, BaseModelError, "none.safetensors"),
         ({"run": {"output_folder": "/dev/null/runs"}}, StorageError, "/dev/null is not a folder"),
@@ -65,6 +69,20 @@ def test_an_output_folder_without_permission_is_refused(tmp_path: Path) -> None:
     closed.mkdir(mode=0o500)
     with pytest.raises(StorageError, match="may not be written to"):
         require_ready(config(tmp_path, run={"output_folder": str(closed / "runs")}))
+
+
+def test_an_archive_and_a_kohya_file_pass(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "cats.zip", "w") as file:
+        file.writestr("a.txt", "x")
+    (tmp_path / "cats.toml").write_text("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'pictures'")
+    require_ready(config(tmp_path, dataset={"more_folders": [str(tmp_path / "cats.zip")]}))
+    require_ready(config(tmp_path, dataset={"folder": str(tmp_path / "cats.toml")}))
+
+
+def test_an_output_folder_inside_the_dataset_is_refused(tmp_path: Path) -> None:
+    for output in (tmp_path / "pictures", tmp_path / "pictures" / "runs"):
+        with pytest.raises(StorageError, match="lies inside the dataset"):
+            require_ready(config(tmp_path, run={"output_folder": str(output)}))
 
 
 def test_train_with_an_empty_trigger_leaves_no_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
