@@ -50,8 +50,8 @@ app = typer.Typer(
 
 for _command in (_train, _demo, _check, _plan, _doctor, _runs, _inspect, _export):
     app.command()(_command)
-for _command in (_edit, _tags, _write, _restore):
-    caption_app.command()(_command)
+for _caption_command in (_edit, _tags, _write, _restore):
+    caption_app.command()(_caption_command)
 app.add_typer(caption_app, name="caption")
 
 

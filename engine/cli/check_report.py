@@ -166,10 +166,13 @@ class _Printer:
         self._line(config.dataset.folder, "bold")
         counts = f"{_files(dataset.found)} found: {len(dataset.items)} accepted, {len(dataset.refused)} refused"
         self._line(counts + (f"; {_files(dataset.system)} of the system" if dataset.system else ""))
-        facts = [f"{config.dataset.resolution} px", report.context.base_label, report.context.goal]
-        if config.captions.trigger:
-            facts.append(f"trigger {config.captions.trigger}")
-        self._line("Checked for " + " · ".join(fact for fact in facts if fact))
+        facts = {
+            "resolution": f"{config.dataset.resolution} px",
+            "base model": report.context.base_label,
+            "goal": report.context.goal,
+            "trigger": config.captions.trigger,
+        }
+        self._rows((self._text(label, "dim"), self._text(fact)) for label, fact in facts.items() if fact)
 
     def _findings(self, report: CheckReport) -> None:
         if not report.findings:
@@ -216,13 +219,8 @@ class _Printer:
         self._heading(
             f"Captions: {statistics.found} found, {statistics.missing} missing, {statistics.empty} empty{over}"
         )
-        tokens = f" ({statistics.longest_tokens} of {limit} tokens)" if statistics.longest_tokens else ""
-        rows = [
-            (
-                "longest",
-                f"{statistics.longest_words} words{tokens}, half of them up to {statistics.median_words:g} words",
-            )
-        ]
+        tokens = f" ({statistics.longest_tokens} tokens, {limit} are read)" if statistics.longest_tokens else ""
+        rows = [("longest", f"{statistics.longest_words} words{tokens}; typical are {statistics.median_words:.0f}")]
         if statistics.tags:
             rows.append(("frequent", _frequent(statistics.tags)))
         if report.words:
