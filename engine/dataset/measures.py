@@ -25,7 +25,7 @@ _ENOUGH = 128
 _HASH_SIDE, _HASH_PIXELS = 8, 32
 _BAR_TOLERANCE = 12
 _BAR_SHARE = 0.01
-_BAR_END = 0.5
+_BAR_STEP, _BAR_END = 8, 0.35
 _BAR_NOISE = 0.01
 
 _Gray = npt.NDArray[np.uint8]
@@ -151,8 +151,9 @@ def _bar(pixels: _Gray) -> int:
     if not uneven.any():
         return 0
     end = int(uneven.argmax())
-    # Resizing mixes the last row of a bar with the picture, so the row after it decides.
-    return end if differs[min(end + 1, len(differs) - 1)].mean() >= _BAR_END else 0
+    # Resizing mixes the last row of a bar with the picture, so the rows around it are compared.
+    steps = np.abs(pixels[min(end + 1, len(pixels) - 1)].astype(np.int16) - pixels[end - 1]) > _BAR_STEP
+    return end if steps.mean() >= _BAR_END else 0
 
 
 def jpeg_quality(tables: Mapping[int, list[int]]) -> int | None:

@@ -255,7 +255,7 @@ def _parse(line: bytes) -> dict[str, Any]:
         if "facts" in reply:
             facts_from_json(reply["facts"])
         elif "memory" not in reply:
-            reply = {"refused": str(reply["refused"])}
+            reply["refused"] = str(reply["refused"])
     except (ValueError, KeyError, TypeError):
         return {"refused": "damaged: the decoder's answer makes no sense", "lost": True}
     return dict(reply)
