@@ -9,7 +9,8 @@ from typing import Any
 from lorasmith.engine.config import RunConfig
 from lorasmith.engine.dataset.buckets import BucketPlan
 from lorasmith.engine.dataset.check_amount import check_amount
-from lorasmith.engine.dataset.check_captions import CaptionStatistics, caption_statistics, check_captions
+from lorasmith.engine.dataset.check_caption_files import check_caption_files
+from lorasmith.engine.dataset.check_captions import Captions, CaptionStatistics, caption_statistics
 from lorasmith.engine.dataset.check_characters import check_characters
 from lorasmith.engine.dataset.check_duplicates import check_duplicates
 from lorasmith.engine.dataset.check_masks import check_masks
@@ -63,15 +64,16 @@ def check_dataset(dataset: Dataset, plan: BucketPlan, context: CheckContext) -> 
 
     `plan` is that of the pictures that would be used. The same dataset gives the same findings in the same order.
     """
+    captions = Captions(dataset, context)
     findings = [
-        *check_captions(dataset, context),
+        *check_caption_files(captions),
         *check_duplicates(dataset, plan, context),
         *check_pictures(dataset, plan, context),
         *check_masks(dataset, context),
         *check_amount(dataset, plan, context),
-        *check_characters(dataset, context),
-        *check_wording(dataset, context),
+        *check_characters(captions),
+        *check_wording(captions),
         *check_trigger(context.config.captions.trigger, context.tokenizers, context.other_triggers),
-        *check_trigger_use(dataset, context),
+        *check_trigger_use(captions),
     ]
     return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))

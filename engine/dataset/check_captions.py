@@ -1,19 +1,19 @@
-"""Whether every picture has a caption that reaches the text encoder whole; captions in figures."""
+"""The captions of a dataset as its checks see them, in words, tags and tokens, and in figures for the user."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import PurePosixPath
+from itertools import groupby
 from statistics import median
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from lorasmith.engine.dataset.captions import caption_choices, full_prompt, split_tags
-from lorasmith.engine.dataset.findings import Action, CheckContext, Finding, Severity, counted
+from lorasmith.engine.dataset.captions import PLACEHOLDER, caption_choices, full_prompt, split_tags
+from lorasmith.engine.dataset.findings import CheckContext
 from lorasmith.engine.dataset.items import Dataset, ImageItem
 
 COUNTED_AT_ONCE = 1000
@@ -21,7 +21,6 @@ COUNTED_AT_ONCE = 1000
 KEPT_COUNTS = 100_000
 """Token counts that are kept for the next check, for each tokenizer."""
 _TOKENS: WeakKeyDictionary[Any, dict[str, int]] = WeakKeyDictionary()
-_WILDCARD = re.compile(r"\{[^{}]*\|[^{}]*\}")
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,36 @@ class Captions:
         return tuple((item, text) for item, text in self.texts if not item.regularization)
 
     @cached_property
+    def held(self) -> tuple[tuple[ImageItem, str, tuple[int, ...]], ...]:
+        """`texts`, each with where it holds the trigger as a whole word in any case."""
+        if not self.trigger:
+            return tuple((item, text, ()) for item, text in self.texts)
+        parts = r"\s+".join(re.escape(part) for part in self.trigger.split())
+        word = re.compile(rf"(?<!\w){parts}(?!\w)", re.IGNORECASE)
+        return tuple((item, text, tuple(match.start() for match in word.finditer(text))) for item, text in self.texts)
+
+    @cached_property
+    def own(self) -> tuple[tuple[ImageItem, str], ...]:
+        """The captions of `learnt` without the trigger and its placeholder; empty where there is nothing else."""
+        settings = self.context.config.captions
+        plain = settings.model_copy(update={"prefix": "", "suffix": "", "wildcards": False, "lines": "join"})
+        signs = (PLACEHOLDER, self.trigger.split()[0].casefold() if self.trigger else PLACEHOLDER)
+        return tuple(
+            (item, full_prompt(text, plain, regularization=True) if any(s in text.casefold() for s in signs) else text)
+            for item, text in self.learnt
+        )
+
+    @cached_property
+    def own_tags(self) -> tuple[tuple[ImageItem, list[str]], ...]:
+        """The tags of `own`."""
+        return tuple((item, split_tags(text)) for item, text in self.own)
+
+    @cached_property
+    def num_learnt(self) -> int:
+        """How many pictures have a caption in `learnt`."""
+        return len({item.relative for item, _ in self.learnt})
+
+    @cached_property
     def tokens(self) -> dict[str, int]:
         """The tokens of each picture's longest prompt as it is trained; nothing where no tokenizer is known."""
         if not self.context.tokenizers:
@@ -87,6 +116,11 @@ class Captions:
         limit = self.context.token_limit
         over = [name for name, count in self.tokens.items() if limit and count > limit]
         return sorted(over, key=lambda name: (-self.tokens[name], name))
+
+
+def is_empty(item: ImageItem) -> bool:
+    """Say whether a picture has captions and nothing in them."""
+    return bool(item.captions) and not any(text.strip() for text in item.captions)
 
 
 def count_tokens(texts: Iterable[str], tokenizers: Sequence[Any]) -> dict[str, int]:
@@ -116,175 +150,26 @@ def caption_statistics(dataset: Dataset, context: CheckContext) -> CaptionStatis
     return CaptionStatistics(
         found=len(found),
         missing=len(dataset.items) - len(found),
-        empty=sum(_is_empty(item) for item in found),
+        empty=sum(is_empty(item) for item in found),
         over_limit=tuple(captions.over_limit()),
         longest_words=max(words, default=0),
         longest_tokens=max(captions.tokens.values(), default=0),
         median_words=float(median(words)) if words else 0.0,
-        tags=tuple(count_tags(captions.learnt)),
+        tags=tuple(count_tags((item, split_tags(text)) for item, text in captions.learnt)),
     )
 
 
-def count_tags(texts: Iterable[tuple[ImageItem, str]]) -> list[tuple[str, int]]:
-    """Return each tag with the number of pictures whose captions have it, most common first; case does not count."""
+def count_tags(tagged: Iterable[tuple[ImageItem, list[str]]], least: float = 1) -> list[tuple[str, int]]:
+    """Return each tag that at least `least` pictures have with their number, most common first; case does not count.
+
+    All captions of a picture come one after another.
+    """
     spelled: dict[str, str] = {}
-    pictures: dict[str, set[str]] = {}
-    for item, text in texts:
-        for tag in split_tags(text):
-            folded = tag.casefold()
-            spelled.setdefault(folded, tag)
-            pictures.setdefault(folded, set()).add(item.relative)
-    counts = Counter({folded: len(names) for folded, names in pictures.items()})
-    return [(spelled[folded], count) for folded, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))]
-
-
-def check_captions(dataset: Dataset, context: CheckContext) -> list[Finding]:
-    """Return what is wrong with captions as a whole: missing, empty, cut off, with choices that are not drawn."""
-    captions = Captions(dataset, context)
-    return [finding for check in _CHECKS if (finding := check(captions)) is not None]
-
-
-def _is_empty(item: ImageItem) -> bool:
-    return bool(item.captions) and not any(text.strip() for text in item.captions)
-
-
-def _missing(captions: Captions) -> Finding | None:
-    missing = [item for item in captions.dataset.items if not item.captions]
-    if not missing:
-        return None
-    choice = captions.context.config.dataset.missing_captions
-    told = counted(len(missing), "picture has", "pictures have")
-    what = {
-        "ask": "",
-        "trigger": ": the trigger alone is used",
-        "filename": ": the names of the files are used",
-        "folder": ": the name in a folder such as 10_name is used",
-        "exclude": ": left out" if len(missing) < len(captions.dataset.items) else ": nothing would be left",
-    }[choice]
-    action = _choose_for_missing(missing) if choice == "ask" else None
-    severity: Severity = "note" if choice != "ask" and len(missing) < len(captions.dataset.items) else "warning"
-    return Finding(
-        "captions-missing",
-        "error" if choice == "ask" else severity,
-        f"{told} no caption{what}.",
-        "A caption says what may change; what no caption says is learnt as part of the concept.",
-        "Write captions here or as NAME.txt beside the pictures, or set dataset.missing_captions: trigger (the trigger "
-        "alone), filename, folder (the name in 10_name), exclude (leave them out).",
-        files=tuple(item.relative for item in missing),
-        action=action,
-    )
-
-
-def _choose_for_missing(missing: Sequence[ImageItem]) -> Action:
-    """Return the names of the files where all of them read like words, and else the trigger."""
-    stems = [PurePosixPath(item.relative).stem for item in missing]
-    if all(len(re.findall(r"[^\W\d_]{2,}", stem)) >= 3 for stem in stems):
-        return Action("Use the names of the files as captions", settings={"dataset.missing_captions": "filename"})
-    return Action("Use the trigger alone for them", settings={"dataset.missing_captions": "trigger"})
-
-
-def _empty(captions: Captions) -> Finding | None:
-    empty = tuple(item.relative for item in captions.dataset.items if _is_empty(item))
-    if not empty:
-        return None
-    return Finding(
-        "captions-empty",
-        "warning",
-        f"{counted(len(empty), 'caption is', 'captions are')} empty.",
-        "Such a picture is trained with the trigger alone, so that everything in it becomes part of the concept.",
-        "Write what may change in the picture: pose, clothes, background, light.",
-        files=empty,
-    )
-
-
-def _recoded(captions: Captions) -> Finding | None:
-    told = {
-        item.relative: note
-        for item in captions.dataset.items
-        for note in item.notes
-        if item.caption_source != "overlay" and ("Windows-1252" in note or "UTF-16" in note)
-    }
-    if not told:
-        return None
-    single = {
-        item.relative: item.captions[0]
-        for item in captions.dataset.items
-        if item.relative in told and len(item.captions) == 1
-    }
-    return Finding(
-        "captions-encoding",
-        "note",
-        f"{counted(len(told), 'caption is', 'captions are')} not in UTF-8 and {'was' if len(told) == 1 else 'were'} "
-        "read another way.",
-        "Other trainers stop at such a file or spoil its letters: quotes, dashes, accents.",
-        "Look whether they read well here; one key keeps them in UTF-8 beside your files.",
-        files=tuple(sorted(told)),
-        details=dict(sorted(told.items())),
-        action=Action("Keep the texts as they are shown", captions=single) if single else None,
-    )
-
-
-def _too_long(captions: Captions) -> Finding | None:
-    over = captions.over_limit()
-    if not over:
-        return None
-    limit, label = captions.context.token_limit, captions.context.base_label or "the base"
-    return Finding(
-        "captions-too-long",
-        "warning",
-        f"{counted(len(over), 'caption is', 'captions are')} longer than the {limit} tokens that {label} reads.",
-        "The rest is cut off and never seen; what it says is learnt as part of the concept.",
-        "Shorten them, or put what matters most first.",
-        files=tuple(over),
-        details={name: f"{captions.tokens[name]} of {limit} tokens" for name in over},
-    )
-
-
-def _wildcards(captions: Captions) -> Finding | None:
-    if captions.context.config.captions.wildcards:
-        return None
-    told = {item.relative: match[0] for item, text in captions.texts if (match := _WILDCARD.search(text))}
-    if not told:
-        return None
-    return Finding(
-        "choices-not-drawn",
-        "warning",
-        f"{counted(len(told), 'caption holds', 'captions hold')} choices in braces, but captions.wildcards is off.",
-        "The text encoder reads braces and bars as they stand, with all choices at once.",
-        "Turn captions.wildcards on, so that each use draws one of them.",
-        files=tuple(sorted(told)),
-        details=told,
-        action=Action("Draw one choice for each use", settings={"captions.wildcards": True}),
-    )
-
-
-def _lines(captions: Captions) -> Finding | None:
-    if captions.context.config.captions.lines != "join":
-        return None
-    told = {item.relative: f"{len(lines)} lines" for item, text in captions.texts if len(lines := _lines_of(text)) > 1}
-    if not told:
-        return None
-    return Finding(
-        "captions-of-lines",
-        "note",
-        f"{counted(len(told), 'caption has', 'captions have')} several lines, which are joined to one text.",
-        "Other trainers read each line as a caption of its own and draw one for each use.",
-        "Set captions.lines to choose if each line describes the whole picture.",
-        files=tuple(sorted(told)),
-        details=told,
-        action=Action("Draw one line for each use", settings={"captions.lines": "choose"}),
-    )
-
-
-_CHECKS: tuple[Callable[[Captions], Finding | None], ...] = (
-    _missing,
-    _too_long,
-    _empty,
-    _wildcards,
-    _recoded,
-    _lines,
-)
-
-
-def _lines_of(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line.strip()]
+    counts: Counter[str] = Counter()
+    for _, captions in groupby(tagged, key=lambda pair: pair[0].relative):
+        folded = {tag.casefold(): tag for _, tags in captions for tag in tags}
+        counts.update(folded.keys())
+        for key, tag in folded.items():
+            spelled.setdefault(key, tag)
+    common = [(-count, folded) for folded, count in counts.items() if count >= least]
+    return [(spelled[folded], -count) for count, folded in sorted(common)]

@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lorasmith.engine.dataset.check_captions import Captions
-from lorasmith.engine.dataset.findings import Action, CheckContext, Finding, Severity, counted
-from lorasmith.engine.dataset.items import Dataset
+from lorasmith.engine.dataset.findings import Action, Finding, Severity, counted
 
 # Zero-width joiners stay: emoji and several scripts need them.
 _STRAY = re.compile(
@@ -42,9 +41,8 @@ class _Stray:
     label: str = ""
 
 
-def check_characters(dataset: Dataset, context: CheckContext) -> list[Finding]:
+def check_characters(captions: Captions) -> list[Finding]:
     """Return what captions hold that was not meant to be there, with the repaired texts where they can be repaired."""
-    captions = Captions(dataset, context)
     return [finding for kind in _KINDS if (finding := _find(captions, kind)) is not None]
 
 

@@ -6,15 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Callable
 
-from lorasmith.engine.dataset.captions import PLACEHOLDER, full_prompt, has_trigger, split_tags
+from lorasmith.engine.dataset.captions import PLACEHOLDER, full_prompt, split_tags
 from lorasmith.engine.dataset.check_captions import Captions
-from lorasmith.engine.dataset.findings import Action, CheckContext, Finding, counted
-from lorasmith.engine.dataset.items import Dataset
+from lorasmith.engine.dataset.findings import Action, Finding, counted
 
 
-def check_trigger_use(dataset: Dataset, context: CheckContext) -> list[Finding]:
+def check_trigger_use(captions: Captions) -> list[Finding]:
     """Return what is to be said of the trigger in the captions."""
-    captions = Captions(dataset, context)
     return [finding for check in _CHECKS if (finding := check(captions)) is not None]
 
 
@@ -22,11 +20,12 @@ def _trigger_place(captions: Captions) -> Finding | None:
     """Find captions that hold the trigger twice or not first; a caption without it is no trouble, since it is added."""
     trigger = captions.trigger
     told: dict[str, str] = {}
-    for item, text in captions.learnt:
-        count = _count_trigger(text, trigger)
-        if count > 1:
-            told[item.relative] = f"{count} times"
-        elif count and not _starts_with(text, trigger):
+    for item, text, places in captions.held:
+        if item.regularization or not places:
+            continue
+        if len(places) > 1:
+            told[item.relative] = f"{len(places)} times"
+        elif re.search(r"\w", text[: places[0]]):
             told[item.relative] = "not first"
     if not told:
         return None
@@ -50,8 +49,8 @@ def _trigger_place(captions: Captions) -> Finding | None:
 
 def _trigger_missing(captions: Captions) -> Finding | None:
     trigger = captions.trigger
-    without = [item for item, text in captions.learnt if trigger and not _count_trigger(text, trigger)]
-    if not without or len(without) == len(captions.learnt):
+    without = [item for item, _, places in captions.held if not places and not item.regularization]
+    if not trigger or not without or len(without) == len(captions.learnt):
         return None
     return Finding(
         "trigger-missing",
@@ -64,8 +63,7 @@ def _trigger_missing(captions: Captions) -> Finding | None:
 
 
 def _trigger_regularization(captions: Captions) -> Finding | None:
-    trigger = captions.trigger
-    told = [item.relative for item, text in captions.texts if item.regularization and _count_trigger(text, trigger)]
+    told = [item.relative for item, _, places in captions.held if places and item.regularization]
     if not told:
         return None
     return Finding(
@@ -118,16 +116,3 @@ _CHECKS: tuple[Callable[[Captions], Finding | None], ...] = (
     _trigger_missing,
     _placeholder,
 )
-
-
-def _count_trigger(text: str, trigger: str) -> int:
-    """Count the trigger as a whole word in any case; the placeholder that stands for it is meant to be there."""
-    if not trigger or not has_trigger(text.replace(PLACEHOLDER, " "), trigger):
-        return 0
-    word = r"\s+".join(re.escape(part) for part in trigger.split())
-    return len(re.findall(rf"(?<!\w){word}(?!\w)", text, re.IGNORECASE))
-
-
-def _starts_with(text: str, trigger: str) -> bool:
-    word = r"\s+".join(re.escape(part) for part in trigger.split())
-    return re.match(rf"\W*{word}(?!\w)", text.strip(), re.IGNORECASE) is not None

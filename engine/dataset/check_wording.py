@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import mean, median
 
-from lorasmith.engine.dataset.captions import full_prompt, split_tags
+from lorasmith.engine.dataset.captions import split_tags
 from lorasmith.engine.dataset.check_captions import Captions, count_tags
 from lorasmith.engine.dataset.check_goals import aim_of
-from lorasmith.engine.dataset.findings import Action, CheckContext, Finding, counted
-from lorasmith.engine.dataset.items import Dataset, ImageItem
+from lorasmith.engine.dataset.findings import Action, Finding, counted
+from lorasmith.engine.dataset.items import ImageItem
 
 MOST = 0.5
 """A dataset is said to be written in a way that more than this share of its captions is."""
@@ -48,9 +48,8 @@ _FILE_NAME = re.compile(
 _SIDES = re.compile(r"\b(?:left|right)\b", re.IGNORECASE)
 
 
-def check_wording(dataset: Dataset, context: CheckContext) -> list[Finding]:
+def check_wording(captions: Captions) -> list[Finding]:
     """Return what is to be said of the captions' wording, for the base and the goal where they are known."""
-    captions = Captions(dataset, context)
     return [finding for check in _CHECKS if (finding := check(captions)) is not None]
 
 
@@ -66,13 +65,6 @@ def is_prose(text: str) -> bool:
     return bool(parts) and mean(parts) >= PROSE_WORDS
 
 
-def _own_words(captions: Captions) -> list[tuple[ImageItem, str]]:
-    """Return the training captions without the trigger."""
-    settings = captions.context.config.captions
-    plain = settings.model_copy(update={"prefix": "", "suffix": "", "wildcards": False, "lines": "join"})
-    return [(item, full_prompt(text, plain, regularization=True)) for item, text in captions.learnt]
-
-
 def _written_as(texts: Sequence[tuple[ImageItem, str]], kind: Callable[[str], bool]) -> tuple[str, ...]:
     """Return the pictures whose captions are of a kind, where most are; nothing where not."""
     names = tuple(dict.fromkeys(item.relative for item, text in texts if kind(text)))
@@ -80,7 +72,7 @@ def _written_as(texts: Sequence[tuple[ImageItem, str]], kind: Callable[[str], bo
 
 
 def _tag_soup(captions: Captions) -> Finding | None:
-    names = _written_as(_own_words(captions), is_tags) if captions.context.caption_style == "prose" else ()
+    names = _written_as(captions.own, is_tags) if captions.context.caption_style == "prose" else ()
     if not names:
         return None
     return Finding(
@@ -95,7 +87,7 @@ def _tag_soup(captions: Captions) -> Finding | None:
 
 
 def _prose(captions: Captions) -> Finding | None:
-    names = _written_as(_own_words(captions), is_prose) if captions.context.caption_style == "tags" else ()
+    names = _written_as(captions.own, is_prose) if captions.context.caption_style == "tags" else ()
     if not names:
         return None
     return Finding(
@@ -113,7 +105,7 @@ def _shuffled_prose(captions: Captions) -> Finding | None:
     settings = captions.context.config.captions
     if not settings.shuffle and settings.tag_dropout == 0:
         return None
-    names = _written_as(_own_words(captions), is_prose)
+    names = _written_as(captions.own, is_prose)
     if not names:
         return None
     return Finding(
@@ -129,9 +121,9 @@ def _shuffled_prose(captions: Captions) -> Finding | None:
 
 
 def _identical(captions: Captions) -> Finding | None:
-    texts = [(item, text) for item, text in _own_words(captions) if text]
+    texts = [(item, text) for item, text in captions.own if text]
     counts = Counter(" ".join(text.casefold().split()) for _, text in texts)
-    pictures = len({item.relative for item, _ in captions.learnt})
+    pictures = captions.num_learnt
     text, count = counts.most_common(1)[0] if counts else ("", 0)
     if pictures < FROM_CAPTIONS or count <= max(1, MOST * pictures):
         return None
@@ -149,15 +141,14 @@ def _identical(captions: Captions) -> Finding | None:
 
 def _competing(captions: Captions) -> Finding | None:
     """Find tags in nearly every caption, beside the trigger and words for the class."""
-    texts = _own_words(captions)
-    pictures = len({item.relative for item, _ in captions.learnt})
+    pictures = captions.num_learnt
     constant = [
         tag
-        for tag, count in count_tags(texts)
-        if count >= EVERYWHERE * pictures and not _is_class(tag) and len(tag.split()) <= TAG_WORDS
+        for tag, _ in count_tags(captions.own_tags, EVERYWHERE * pictures)
+        if not _is_class(tag) and len(tag.split()) <= TAG_WORDS
     ]
-    several = sum(len(split_tags(text)) > 1 for _, text in texts)
-    if pictures < FROM_CAPTIONS or not constant or several <= MOST * len(texts):
+    several = sum(len(tags) > 1 for _, tags in captions.own_tags)
+    if pictures < FROM_CAPTIONS or not constant or several <= MOST * len(captions.own_tags):
         return None
     told = ", ".join(f"“{tag}”" for tag in constant[:5])
     held = {tag.casefold() for tag in constant}
@@ -184,9 +175,10 @@ def _is_class(tag: str) -> bool:
 
 
 def _style_described(captions: Captions) -> Finding | None:
-    told = {item.relative: match[0] for item, text in _own_words(captions) if (match := _STYLE.search(text))}
-    pictures = len({item.relative for item, _ in captions.learnt})
-    if captions.context.goal != "style" or pictures < FROM_CAPTIONS or len(told) <= MOST * pictures:
+    if captions.context.goal != "style" or captions.num_learnt < FROM_CAPTIONS:
+        return None
+    told = {item.relative: match[0] for item, text in captions.own if (match := _STYLE.search(text))}
+    if len(told) <= MOST * captions.num_learnt:
         return None
     return Finding(
         "style-described",
@@ -215,7 +207,7 @@ def _marked(captions: Captions) -> Finding | None:
 
 
 def _file_names(captions: Captions) -> Finding | None:
-    told = {item.relative: text.strip() for item, text in _own_words(captions) if _FILE_NAME.fullmatch(text.strip())}
+    told = {item.relative: text.strip() for item, text in captions.own if _FILE_NAME.fullmatch(text.strip())}
     if not told:
         return None
     return Finding(
@@ -230,8 +222,10 @@ def _file_names(captions: Captions) -> Finding | None:
 
 
 def _mirrored(captions: Captions) -> Finding | None:
+    if not captions.context.config.dataset.flip:
+        return None
     told = {item.relative: match[0] for item, text in captions.learnt if (match := _SIDES.search(text))}
-    if not told or not captions.context.config.dataset.flip:
+    if not told:
         return None
     return Finding(
         "mirrored-sides",
