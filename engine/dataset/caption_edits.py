@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lorasmith.engine.dataset.caption_backup import RestoredCaptions, restore_captions
 from lorasmith.engine.dataset.caption_writing import WrittenCaptions, write_captions
 from lorasmith.engine.dataset.captions import PLACEHOLDER, compose
 from lorasmith.engine.dataset.items import Dataset, ImageItem
@@ -22,7 +21,6 @@ from lorasmith.engine.errors import ConfigError
 
 __all__ = [
     "Change",
-    "RestoredCaptions",
     "WrittenCaptions",
     "add_tag",
     "as_edits",
@@ -33,7 +31,6 @@ __all__ = [
     "remove_tag",
     "rename_tag",
     "replace_text",
-    "restore_captions",
     "tag_counts",
     "tidy",
     "trigger_to_placeholder",

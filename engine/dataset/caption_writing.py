@@ -88,7 +88,7 @@ def plan_writing(dataset: Dataset, edits: Mapping[str, Edit], backup: Path) -> l
 
 
 def _require_own_files(dataset: Dataset) -> None:
-    unpacked = cache_folder().resolve()
+    unpacked = (cache_folder() / "archives").resolve()
     for item in dataset.items:
         if item.path.resolve().is_relative_to(unpacked):
             raise DatasetError(

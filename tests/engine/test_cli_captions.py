@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -152,6 +153,18 @@ def test_a_file_that_is_not_read_back_keeps_its_edit(folder: Path, run: Callable
     assert (folder / "00.cap").read_text() == "a dog"
     assert "still from the overlay" in done
     assert read_overlay(Path("edits.jsonl"))["cats/02.png"].captions == ("new",)
+
+
+def test_an_archive_can_be_edited_but_never_written_to(folder: Path, run: Callable[..., str]) -> None:
+    with zipfile.ZipFile("cats.zip", "w") as archive:
+        for path in folder.iterdir():
+            archive.write(path, path.name)
+    before = Path("cats.zip").read_bytes()
+    run("edit", "cats.zip", "--add", "zqx", "--yes")
+    assert read_overlay(Path("cats.zip.captions.jsonl"))["00.png"].captions == ("a cat, red, zqx",)
+    assert "into an archive" in run("write", "cats.zip", "--backup", "copies", "--yes", code=5)
+    assert Path("cats.zip").read_bytes() == before
+    assert not Path("copies").exists()
 
 
 def test_nothing_to_write_or_restore_says_so(folder: Path, run: Callable[..., str]) -> None:
