@@ -46,6 +46,7 @@ class CaptionState:
         self._edits: dict[str, Edit] = dict(edits or {})
         self._own = {item.relative: item for item in dataset.items if item.caption_source != "overlay"}
         self._steps: list[Step] = []
+        self._folded: dict[str, tuple[tuple[str, ...], str]] = {}
 
     def learn_own(self, dataset: Dataset) -> None:
         """Take the files' own captions from a scan that was made without the overlay."""
@@ -87,8 +88,11 @@ class CaptionState:
 
     def current(self) -> Dataset:
         """Return the dataset with the captions as they stand."""
-        items = tuple(replace(item, captions=self.captions(name)) for name, item in self.items.items())
-        return replace(self.dataset, items=items)
+        return replace(self.dataset, items=tuple(self._current(name, item) for name, item in self.items.items()))
+
+    def _current(self, name: str, item: ImageItem) -> ImageItem:
+        captions = self.captions(name)
+        return item if captions == item.captions else replace(item, captions=captions)
 
     def put(self, captions: Mapping[str, Sequence[str]], label: str, by: str = PERSON) -> dict[str, Edit]:
         """Give pictures new captions as one step; return what to add to the overlay.
@@ -160,8 +164,11 @@ class CaptionState:
     def _holds(self, name: str, words: Sequence[str]) -> bool:
         if not words:
             return True
-        text = "\n".join((name, *self.captions(name))).casefold()
-        return all(word in text for word in words)
+        captions = self.captions(name)
+        folded = self._folded.get(name)
+        if folded is None or folded[0] != captions:
+            folded = self._folded[name] = (captions, "\n".join((name, *captions)).casefold())
+        return all(word in folded[1] for word in words)
 
     def _edit(self, relative: str, captions: tuple[str, ...] | None, by: str) -> Edit:
         before = self._edits.get(relative)
@@ -192,10 +199,9 @@ class Length:
         words = f"{self.words} word{'' if self.words == 1 else 's'}"
         if not self.tokens:
             return words
-        if not self.limit:
-            return f"{self.tokens} tokens · {words}"
-        over = f" · ! {self.tokens - self.limit} too many: the end is not read" if self.too_long else ""
-        return f"{self.tokens} of {self.limit} tokens · {words}{over}"
+        if self.too_long:
+            return f"! {self.tokens} of {self.limit} tokens: the last {self.tokens - self.limit} are not read"
+        return f"{self.tokens}{f' of {self.limit}' if self.limit else ''} tokens · {words}"
 
 
 @dataclass(frozen=True)

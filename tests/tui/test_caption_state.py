@@ -130,7 +130,7 @@ def test_lengths_are_told_in_tokens_where_a_tokenizer_is_known_and_else_in_words
     assert Ruler().measure("a red hat").told() == "3 words"
     length = Ruler((FakeTokenizer(),), 10).measure("zqx, a red hat")
     assert length == Length(4, 16, 10)
-    assert length.told() == "16 of 10 tokens · 4 words · ! 6 too many: the end is not read"
+    assert length.told() == "! 16 of 10 tokens: the last 6 are not read"
     assert Ruler((FakeTokenizer(),), 20).measure("dog").told() == "3 of 20 tokens · 1 word"
 
 

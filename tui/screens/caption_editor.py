@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from rich.text import Text
-from textual import on
+from textual import events, on
 from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical
@@ -118,7 +118,7 @@ class CaptionEditor(ToolScreen):
         self.keep_typed()
         self.chosen, self.which = name, 0
         self.load_chosen()
-        self.show_list()
+        self.pictures.select(name)
 
     def load_chosen(self) -> None:
         """Show the chosen picture with its caption as it stands."""
@@ -164,12 +164,7 @@ class CaptionEditor(ToolScreen):
         if self.chosen:
             self.show_words()
 
-    @on(CaptionArea.Accepted)
-    def _accepted(self, event: CaptionArea.Accepted) -> None:
-        event.stop()
-        self.action_picture(1)
-
-    def on_descendant_focus(self) -> None:
+    def on_descendant_focus(self, event: events.DescendantFocus) -> None:
         """Say what Enter does where the focus is now."""
         if self.chosen:
             self.show_words()
@@ -184,13 +179,15 @@ class CaptionEditor(ToolScreen):
         self.work.save(self.work.state.put({self.chosen: captions}, f"the caption of {self.chosen}"))
         area.show(area.text)
         self.show_title()
+        self.show_list()
 
     # Actions
 
     def action_picture(self, by: int) -> None:
         """Keep this caption and go to the next or previous picture of the list."""
-        self.keep_typed()
+        # Asked first: what is kept now may take the chosen picture out of the list.
         name = self.pictures.neighbor(by)
+        self.keep_typed()
         if name:
             self.go_to(name)
         else:

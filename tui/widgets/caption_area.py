@@ -1,4 +1,4 @@
-"""A text area for one caption: foreign characters are shown as marks, Enter accepts, ctrl+j begins a new line."""
+"""A text area for one caption: foreign characters are shown as marks, Enter goes on to the next picture."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import ClassVar
 from rich.text import Text
 from textual import events
 from textual.binding import Binding, BindingType
-from textual.message import Message
 from textual.widgets import TextArea
 
 from lorasmith.tui.text import masked
@@ -24,14 +23,12 @@ class CaptionArea(TextArea):
     CaptionArea:ansi:focus { background: ansi_default; text-style: underline; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "screen.picture(1)", "Next picture", show=False, id="caption-area-accept"),
         Binding("ctrl+j", "new_line", "New line", show=False, id="caption-new-line"),
         Binding("pagedown", "screen.picture(1)", "Next", id="caption-area-next"),
         Binding("pageup", "screen.picture(-1)", "Previous", id="caption-area-previous"),
         Binding("escape", "screen.focus_list", "To the list", id="caption-area-leave"),
     ]
-
-    class Accepted(Message):
-        """Enter was pressed."""
 
     def __init__(self, *, id: str | None = None) -> None:
         """Start empty and read-only, until a caption is shown."""
@@ -62,9 +59,11 @@ class CaptionArea(TextArea):
             self.replace("\n", *self.selection, maintain_selection_offset=False)
 
     async def _on_key(self, event: events.Key) -> None:
-        if event.key == "enter":
+        # At once and here: through the app's bindings, Enter would come after letters that were typed behind it, and
+        # these would end up in the caption before.
+        own = [] if event.is_printable else self._bindings.key_to_bindings.get(event.key, [])
+        if own and await self.app.run_action(own[0].action, self):
             event.stop()
             event.prevent_default()
-            self.post_message(self.Accepted())
             return
         await super()._on_key(event)

@@ -92,9 +92,16 @@ class CaptionList(Vertical):
             parts = [(f"{self.show_only} only (m) ", "strong"), *parts]
         self._count.show(parts)
 
+    def select(self, name: str) -> None:
+        """Choose a picture; the list stays as it is where that is in it."""
+        self.chosen = name
+        if name in self.names:
+            self._rows.select(self._index())
+        else:
+            self.refresh_rows()
+
     def neighbor(self, by: int) -> str:
         """Return the picture `by` further down the list, "" at its ends."""
-        # What was typed may have taken the chosen one out of the list; it then begins again.
         index = self.names.index(self.chosen) + by if self.chosen in self.names else 0
         return self.names[index] if 0 <= index < len(self.names) else ""
 
