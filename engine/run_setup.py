@@ -94,6 +94,8 @@ def read_dataset(config: RunConfig, pixel_multiple: int, emit: Callable[[Event],
     on_progress = report_progress(emit, "scan")
     dataset = scan_dataset(config.dataset, lambda done, total: on_progress("Reading pictures", done, total))
     dataset = require_captions(dataset, config.dataset)
+    for note in dataset.notes:
+        emit(Logged(severity="warning", message=note))
     for refusal in dataset.refused:
         emit(Logged(severity="warning", message=f"Left out {refusal.relative}: {refusal.reason}"))
     plan = plan_buckets(dataset.items, config.dataset, pixel_multiple, config.run.seed)

@@ -187,7 +187,7 @@ def _match(found: CaptionList, label: str, folder: Path, names: _PictureNames, l
         for picture in pictures:
             _add(listed.by_picture[picture], found.path, texts)
     if lost:
-        listed.notes.append(f"{label} names {len(lost)} pictures that are not there: {listing(lost)}")
+        listed.notes.append(f"{label} names pictures that are not there ({len(lost)}): {listing(lost)}")
 
 
 def _add(entries: list[tuple[Path, tuple[str, ...]]], path: Path, texts: Sequence[str]) -> None:

@@ -168,6 +168,8 @@ def _subset(path: Path, where: str, table: Mapping[str, Any], above: Mapping[str
         raise _problem(path, f"num_repeats in {where} must be 0 to 10000")
     suffix = values.get("caption_extension", "").strip().lower()
     metadata, masks = values.get("metadata_file"), values.get("conditioning_data_dir")
+    if masks and _resolve(path, masks) == _resolve(path, folder):
+        raise _problem(path, f"conditioning_data_dir in {where} is the folder of the pictures itself")
     return KohyaSubset(
         folder=_resolve(path, folder),
         where=where,

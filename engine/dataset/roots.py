@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,13 +108,13 @@ def _open(root: Root, settings: DatasetSettings, notes: list[str]) -> list[Root]
 
 def _subset_root(root: Root, subset: KohyaSubset) -> Root:
     for key, folder in (("image_dir", subset.folder), ("conditioning_data_dir", subset.masks)):
-        if folder is not None and not folder.is_dir():
+        if folder is not None and not os.path.isdir(folder):
             raise DatasetError(
                 f"The folder {folder} of {root.given.name} does not exist.",
                 why=f"It is {key} in {subset.where}; paths that are not given in full start at the file's own folder.",
                 fix=f"Correct {key} there, or set {root.key} to the folder with the pictures.",
             )
-    if subset.metadata is not None and not subset.metadata.is_file():
+    if subset.metadata is not None and not os.path.isfile(subset.metadata):
         raise DatasetError(
             f"The file {subset.metadata} of {root.given.name} does not exist.",
             why=f"It is metadata_file in {subset.where}.",
@@ -167,7 +168,7 @@ def _with_prefixes(roots: Sequence[Root]) -> list[Root]:
             continue
         stem = root.given.stem if root.archive else root.folder.resolve().name
         name, number = printable(stem) or "dataset", 2
-        while name in taken or (first.subset is None and name not in own and (first.folder / name).exists()):
+        while name in taken or (first.subset is None and name not in own and os.path.exists(first.folder / name)):
             name, number = f"{printable(stem) or 'dataset'}-{number}", number + 1
         taken.add(name)
         named.append(replace(root, prefix=f"{name}/"))

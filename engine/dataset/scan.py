@@ -7,8 +7,11 @@ Which caption wins is told in `caption_sources`, which mask in `layouts`.
 
 from __future__ import annotations
 
+import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 from lorasmith.engine.config import DatasetSettings
@@ -26,18 +29,19 @@ from lorasmith.engine.errors import DatasetError
 
 __all__ = ["missing_captions", "require_captions", "require_folders", "scan_dataset"]
 
+LEFT_OUT = "left out by you"
 Facts = Mapping[Path, PictureFacts | str]
 
 
 @dataclass
 class _Scan:
-    """What is known so far; `found` counts files, `used` are captions, lists and masks in use."""
+    """What is known so far; `refused` is by dataset, `found` counts files that are not in use for a picture."""
 
     settings: DatasetSettings
     edits: Mapping[str, Edit]
     layouts: list[tuple[Root, Layout]] = field(default_factory=list)
     items: list[ImageItem] = field(default_factory=list)
-    refused: list[Refusal] = field(default_factory=list)
+    refused: defaultdict[int, list[Refusal]] = field(default_factory=lambda: defaultdict(list))
     notes: list[str] = field(default_factory=list)
     found: int = 0
     system: int = 0
@@ -58,11 +62,9 @@ def scan_dataset(settings: DatasetSettings, on_progress: Progress | None = None)
         _accept(scan, root, layout, facts)
     _note_lost_edits(scan)
     items = sorted(scan.items, key=lambda item: (item.regularization, item.relative))
-    refused = sorted(scan.refused, key=lambda refusal: refusal.relative)
-    given = roots[0].given
-    dataset = Dataset(given, tuple(items), tuple(refused), scan.found, scan.system, tuple(scan.notes))
-    _require_pictures(dataset, roots)
-    return dataset
+    _require_pictures(scan, roots)
+    refused = sorted(chain.from_iterable(scan.refused.values()), key=lambda refusal: refusal.relative)
+    return Dataset(roots[0].given, tuple(items), tuple(refused), scan.found, scan.system, tuple(scan.notes))
 
 
 def require_folders(settings: DatasetSettings) -> list[Path]:
@@ -72,7 +74,7 @@ def require_folders(settings: DatasetSettings) -> list[Path]:
     the same folder, and where the edited captions do not exist or cannot be read.
     """
     roots, _ = require_roots(settings)
-    if settings.overlay and not _overlay(settings).exists():
+    if settings.overlay and not os.path.exists(_overlay(settings)):
         raise DatasetError(
             f"The edited captions {settings.overlay} do not exist.",
             fix="Correct dataset.overlay, or remove it to use the captions of the dataset.",
@@ -112,10 +114,10 @@ def _list_root(scan: _Scan, root: Root, roots: Sequence[Root]) -> Layout:
     # Edits that lie in the dataset are no caption list of it.
     own = _overlay(scan.settings).resolve() if overlay else Path()
     files = [file for file in walked.files if file[0].name != own.name or file[0].resolve() != own]
-    scan.refused += [Refusal(root.prefix + entry.relative, entry.reason) for entry in root.refused]
-    scan.refused += walked.refused
     layout = sort_files(root, files, masks)
-    scan.refused += layout.refused
+    refused = scan.refused[root.dataset]
+    refused += [Refusal(root.prefix + entry.relative, entry.reason) for entry in root.refused]
+    refused += walked.refused + layout.refused
     scan.found += len(files) + len(masks) + len(walked.refused) + len(root.refused)
     scan.system += walked.system
     return layout
@@ -142,6 +144,7 @@ def _accept(scan: _Scan, root: Root, layout: Layout, facts: Facts) -> None:
     """Turn the candidates of a root into accepted pictures and refusals; refuse what belongs to no accepted one."""
     captions = read_lists(root, layout)
     scan.notes += captions.notes
+    refused = scan.refused[root.dataset]
     accepted: dict[Path, ImageItem] = {}
     for candidate in layout.candidates:
         result = _judge(scan, candidate, captions, facts)
@@ -149,19 +152,19 @@ def _accept(scan: _Scan, root: Root, layout: Layout, facts: Facts) -> None:
             accepted[candidate.path] = result
             scan.items.append(result)
         else:
-            scan.refused.append(result)
+            refused.append(result)
     if root.subset is not None and not accepted:
         scan.notes.append(f"{root.subset.folder} has no usable picture ({root.subset.where})")
     used = {item.caption_path for item in accepted.values() if item.caption_path is not None}
     used |= {item.mask_path for item in accepted.values() if item.mask_path is not None}
-    scan.refused += unused_captions(layout, captions, accepted, used)
-    scan.refused += unused_masks(layout, scan.settings, accepted, facts)
+    refused += unused_captions(layout, captions, accepted, used)
+    refused += unused_masks(layout, scan.settings, accepted, facts)
     scan.found -= len(used & {path for path, _ in layout.sidecars + layout.lists + layout.masks})
 
 
 def _judge(scan: _Scan, candidate: Candidate, captions: ListedCaptions, facts: Facts) -> ImageItem | Refusal:
     if _left_out(scan, candidate):
-        return Refusal(candidate.relative, "left out by you")
+        return Refusal(candidate.relative, LEFT_OUT)
     if candidate.repeats == 0:
         asked = "num_repeats = 0" if candidate.root.subset else "its folder's name asks for 0 repeats"
         return Refusal(candidate.relative, asked)
@@ -203,36 +206,38 @@ def _name_notes(candidate: Candidate) -> tuple[str, ...]:
 
 
 def _note_lost_edits(scan: _Scan) -> None:
-    if scan.settings.overlay and not _overlay(scan.settings).exists():
+    if scan.settings.overlay and not os.path.exists(_overlay(scan.settings)):
         scan.notes.append(f"dataset.overlay: {scan.settings.overlay} does not exist, so nothing is edited")
     known = {candidate.relative for _, layout in scan.layouts for candidate in layout.candidates}
     lost = sorted(scan.edits.keys() - known)
     if lost:
         name = Path(scan.settings.overlay).name
-        scan.notes.append(f"{name} edits {len(lost)} pictures that are not there: {listing(lost)}")
+        scan.notes.append(f"{name} edits pictures that are not there ({len(lost)}): {listing(lost)}")
 
 
-def _require_pictures(dataset: Dataset, roots: Sequence[Root]) -> None:
-    """Raise DatasetError where a dataset of the settings gives no picture."""
-    used = {item.dataset for item in dataset.items}
+def _require_pictures(scan: _Scan, roots: Sequence[Root]) -> None:
+    """Raise DatasetError where a dataset of the settings gives no picture, or all are regularization pictures."""
+    used = {item.dataset for item in scan.items}
     for root in roots:
         if root.dataset in used:
             continue
-        prefix = root.prefix
-        inside = [refusal for refusal in dataset.refused if refusal.relative.startswith(prefix)]
-        if not inside:
+        refused = scan.refused[root.dataset]
+        if not refused:
             raise DatasetError(
                 f"The folder {root.given} is empty.",
                 fix=f"Put pictures into it, or set {root.key} to another folder.",
             )
+        left_out = any(refusal.reason == LEFT_OUT for refusal in refused)
         raise DatasetError(
             f"There is no usable picture in {root.given}.",
-            why=listed([f"{refusal.relative}: {refusal.reason}" for refusal in inside]) + ".",
-            fix="Use PNG, JPEG, WebP, AVIF, GIF, BMP or TIFF pictures.",
+            why=listed([f"{refusal.relative}: {refusal.reason}" for refusal in refused]) + ".",
+            fix="Take some of the pictures in again."
+            if left_out
+            else "Use PNG, JPEG, WebP, AVIF, GIF, BMP or TIFF files.",
         )
-    if all(item.regularization for item in dataset.items):
+    if all(item.regularization for item in scan.items):
         raise DatasetError(
-            f"Every picture of {dataset.folder} is a regularization picture.",
+            f"Every picture of {roots[0].given} is a regularization picture.",
             why="There is nothing to learn from.",
             fix="Remove is_reg where it stands for pictures that are to be learnt.",
         )

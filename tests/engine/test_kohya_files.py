@@ -132,6 +132,7 @@ SUBSET = "[[datasets]]\n[[datasets.subsets]]\n"
         (f"{SUBSET}image_dir = 3", "image_dir .* must be text"),
         (f"{SUBSET}is_reg = true", "image_dir is missing in datasets 1, subset 1"),
         (f"{SUBSET}image_dir = 'a'\nis_reg = 'yes'", "is_reg .* must be true or false"),
+        (f"{SUBSET}image_dir = 'a'\nconditioning_data_dir = './a'", "the folder of the pictures itself"),
         ("", "no \\[\\[datasets"),
         ("datasets = 3", "datasets is no list"),
         ("[run]\nname = 'x'", r"no \[\[datasets"),
@@ -213,7 +214,7 @@ def test_a_metadata_file_counts_instead_of_files_beside_the_pictures(tmp_path: P
     dataset = scan(write(tmp_path / "cats.toml", f"{SUBSET}image_dir = 'cat'\nmetadata_file = 'meta.json'"))
     assert captions(dataset) == {"cat/a.png": ("a cat, red",), "cat/b.png": ("blue",)}
     assert reasons(dataset) == {"cat/a.txt": "cats.toml takes the captions from meta.json"}
-    assert dataset.notes == ("meta.json names 1 pictures that are not there: gone",)
+    assert dataset.notes == ("meta.json names pictures that are not there (1): gone",)
     assert dataset.found == 3
 
 

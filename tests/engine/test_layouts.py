@@ -90,7 +90,7 @@ def test_a_list_that_loses_everywhere_is_listed(tmp_path: Path) -> None:
         "other.csv": "caption list of pictures that are not there",
         "table.csv": "no caption list: its first line names no columns such as file_name and caption",
     }
-    assert dataset.notes == ("other.csv names 1 pictures that are not there: gone.png",)
+    assert dataset.notes == ("other.csv names pictures that are not there (1): gone.png",)
     assert dataset.found == 4
 
 
@@ -116,7 +116,7 @@ def test_a_bare_name_that_several_pictures_have_fits_none(tmp_path: Path) -> Non
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}')
     dataset = scan(tmp_path)
     assert captions(dataset) == {"x/a.png": (), "y/a.png": ()}
-    assert dataset.notes == ("metadata.jsonl names 1 pictures that are not there: a.png",)
+    assert dataset.notes == ("metadata.jsonl names pictures that are not there (1): a.png",)
 
 
 def test_several_captions_of_one_picture_come_from_rows_and_lists(tmp_path: Path) -> None:
@@ -372,7 +372,7 @@ def test_edited_captions_and_left_out_pictures_count(tmp_path: Path) -> None:
         "b.txt": "caption of a picture that is refused",
         "b-masklabel.png": "mask of a picture that is refused",
     }
-    assert dataset.notes == ("edits.jsonl edits 1 pictures that are not there: gone.png",)
+    assert dataset.notes == ("edits.jsonl edits pictures that are not there (1): gone.png",)
     assert dataset.found == 6
 
 
