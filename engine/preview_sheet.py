@@ -110,15 +110,15 @@ def build_run_sheet(folder: Path) -> Path | None:
     return build_sheet([found.get(cell) for cell in cells], labels, folder / SHEET_NAME, len(columns))
 
 
-def png_bytes(picture: Image.Image, texts: Mapping[str, str]) -> bytes:
-    """Return a picture as the content of a PNG file that also holds `texts`."""
+def png_bytes(picture: Image.Image, texts: Mapping[str, str], compression: int = 6) -> bytes:
+    """Return a picture as the content of a PNG file that also holds `texts`; `compression` is zlib's 1..9."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     for key, text in texts.items():
         info.add_itxt(key, text) if not text.isascii() else info.add_text(key, text)
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", pnginfo=info)
+    picture.save(buffer, "PNG", pnginfo=info, compress_level=compression)
     return buffer.getvalue()
 
 
