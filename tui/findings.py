@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,14 +67,6 @@ class FoundDataset:
         from lorasmith.engine.dataset.scan import missing_captions
 
         return list(missing_captions(self.dataset))
-
-
-@dataclass(frozen=True)
-class Word:
-    """A word as one tokenizer reads it; `unknown` marks letters that it does not have."""
-
-    tokens: tuple[str, ...]
-    unknown: bool = False
 
 
 @dataclass
@@ -177,30 +169,6 @@ def start_session(resolved: ResolvedConfig, tell: Tell) -> Any:
     session = Session(create_run(resolved), resolved.config)
     session.start()
     return session
-
-
-def read_word(tokenizer: Any, word: str) -> Word:
-    """Return how a tokenizer splits `word`."""
-    tokens = tuple(str(token) for token in tokenizer.tokenize(word))
-    return Word(tokens, unknown=getattr(tokenizer, "unk_token", None) in tokens)
-
-
-def trigger_warnings(trigger: str, words: Sequence[Word]) -> list[str]:
-    """Return what is doubtful about a trigger word, each with what to do instead."""
-    warnings = []
-    if any(len(word.tokens) == 1 and not word.unknown for word in words):
-        warnings.append(
-            "The base knows this word already: it has a meaning of its own. A rare word binds more cleanly."
-        )
-    if any(word.unknown for word in words):
-        warnings.append("Some characters are unknown to the base and all look the same to it. Use plain letters.")
-    if any(character.isdigit() for character in trigger):
-        warnings.append("Digits are split into single tokens that mean numbers. Letters alone bind better.")
-    if any(len(word.tokens) > 5 for word in words):
-        warnings.append("The word is long: it takes many tokens from each caption. Three to five letters are enough.")
-    if any(character.isspace() for character in trigger.strip()):
-        warnings.append("The trigger is several words; each keeps its own meaning. One rare word binds more cleanly.")
-    return warnings
 
 
 def recommend(

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 from rich.text import Text
 from textual import on
 from textual.app import ComposeResult
 from textual.widgets import Input, Static
 
-from lorasmith.tui.findings import Word, read_word, trigger_warnings
 from lorasmith.tui.forms import SafeInput, Status, told
 from lorasmith.tui.screens.page import WizardPage
 from lorasmith.tui.text import safe_str
+
+if TYPE_CHECKING:
+    from lorasmith.engine.config import RunConfig
+    from lorasmith.engine.dataset.findings import Finding
+    from lorasmith.engine.dataset.triggers import Word
 
 
 class TriggerPage(WizardPage):
@@ -40,7 +46,10 @@ class TriggerPage(WizardPage):
     def on_mount(self) -> None:
         """Load the tokenizers while the word is typed."""
         super().on_mount()
-        self.wizard.known.look_at_base()
+        known = self.wizard.known
+        known.look_at_base()
+        config = known.check_config()
+        known.look("trained", (config.run, config.dataset.folder), lambda tell: _find_trained(config))
         self._look_at_words()
 
     def _look_at_words(self) -> None:
@@ -74,46 +83,64 @@ class TriggerPage(WizardPage):
         self.hint("Enter: accept · F1: how to choose a trigger")
 
     def _show_tokens(self, trigger: str) -> None:
-        tokens = self.query_one("#tokens", Status)
+        from lorasmith.engine.dataset.triggers import check_trigger, read_word
+
         look = self.wizard.known.current("words")
-        if not trigger:
-            tokens.say("")
-        elif look is None:
-            tokens.say("The base model is not known yet, so the word cannot be checked against its vocabulary.")
+        tokenizers = look.value if look is not None and look.value else ()
+        text = Text()
+        if look is None:
+            text.append("The base model is not known yet, so the word cannot be checked against its vocabulary.\n")
         elif not look.done:
-            tokens.say(f"Checking the word against the base's vocabulary: {look.progress()}")
+            text.append(f"Checking the word against the base's vocabulary: {look.progress()}\n")
         elif look.error is not None:
-            tokens.say(told(look.error))
+            text.append_text(told(look.error)).append("\n")
         else:
-            words = [read_word(tokenizer, trigger) for tokenizer in look.value]
-            tokens.say(tokens_text(words, trigger))
+            text.append_text(tokens_text([read_word(tokenizer, trigger) for tokenizer in tokenizers]))
+        trained = self.wizard.known.looks.get("trained")
+        others = trained.value if trained is not None and trained.value else {}
+        text.append_text(findings_text(check_trigger(trigger, tokenizers, others), sure=bool(tokenizers)))
+        text.rstrip()
+        self.query_one("#tokens", Status).say(text if trigger else "")
 
     def _show_example(self, trigger: str) -> None:
-        from lorasmith.engine.dataset.captions import compose
+        from lorasmith.engine.dataset.captions import full_prompt
 
         found = self.wizard.known.dataset
         if found is None or not found.pictures or not trigger.strip():
             return
         text = Text()
         text.append("The first caption with it\n", "bold")
-        text.append(f"  {safe_str(compose(found.pictures[0].caption, trigger))}")
+        settings = self.wizard.known.check_config().captions.model_copy(update={"trigger": trigger})
+        text.append(f"  {safe_str(full_prompt(found.pictures[0].caption, settings))}")
         self.query_one("#example", Status).say(text)
 
 
-def tokens_text(words: list[Word], trigger: str) -> Text:
-    """Return how each text encoder reads the word, and the warnings."""
+def _find_trained(config: RunConfig) -> dict[str, str]:
+    """Return the triggers of other LoRAs where this run will lie."""
+    from lorasmith.engine.dataset.trained_triggers import find_other_triggers
+
+    return find_other_triggers(Path(config.run.output_folder), own=config)
+
+
+def tokens_text(words: Sequence[Word]) -> Text:
+    """Return how each text encoder reads the word."""
     text = Text()
     text.append("How the base reads it\n", "bold")
     for word in words:
         shown = "  ".join(safe_str(token).replace("</w>", "·") for token in word.tokens)
         count = len(word.tokens)
         text.append(f"  {shown}   ({count} token{'s' if count != 1 else ''})\n")
-    warnings = trigger_warnings(trigger, words)
-    for warning in warnings:
-        text.append(f"! {warning}\n")
-    if not warnings:
+    return text
+
+
+def findings_text(findings: Sequence[Finding], sure: bool) -> Text:
+    """Return what is doubtful about the word, warnings first; praise where the base was asked (`sure`) and none is."""
+    text = Text()
+    for finding in sorted(findings, key=lambda finding: finding.severity != "warning"):
+        mark = "!" if finding.severity == "warning" else "·"
+        text.append(f"{mark} {safe_str(finding.title)} {safe_str(finding.fix)}\n")
+    if sure and not findings:
         text.append("✓ A rare word: nothing else is called by it.")
-    text.rstrip()
     return text
 
 
