@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lorasmith.engine.errors import BaseModelError, HubError
+from lorasmith.engine.errors import BaseModelError, HubError, StorageError
 from lorasmith.engine.safetensors_header import PICKLE_FIX, PICKLE_SUFFIXES
+from lorasmith.engine.storage import free_bytes, is_disk_full, readable_size
 
 OnProgress = Callable[[str, int, int], None]
 """Called with (file name, bytes done, bytes in all)."""
@@ -31,7 +32,8 @@ def download_base(repo: str, revision: str = "main", on_progress: OnProgress | N
     """Download what a diffusers repository needs, leave out what is cached, and return the folder.
 
     Without a network a complete cached copy is used. Raises HubError with a different message for an unknown id, an
-    unknown revision, a gated repository without a token, a token without access, an invalid token, and no network.
+    unknown revision, a gated repository without a token, a token without access, an invalid token, and no network; and
+    StorageError where there is no room.
     """
     wanted = _Wanted(repo, revision, "base.model")
     return _reach(wanted, lambda: _download(repo, revision, on_progress), lambda: cached_folder(repo, revision))
@@ -44,9 +46,9 @@ def download_files(
     is_complete: Callable[[Path], bool],
     on_progress: OnProgress | None = None,
 ) -> Path:
-    """Download the files of a captioner's repository that `choose` picks of their names, and return the folder.
+    """Download the files of a captioner's repository that `choose` picks by name, and return their folder.
 
-    Without a network a cached copy is used if `is_complete` says so. Raises HubError as `download_base` does.
+    Without a network a cached copy is used if `is_complete` says so. Raises as `download_base`.
     """
     from huggingface_hub import HfApi, snapshot_download
 
@@ -167,15 +169,40 @@ def _fetch_all(
     """Download `files` of one commit, not of a branch that may move in between, and return their folder."""
     from huggingface_hub import hf_hub_download
 
-    total, done, folder = sum(sizes.get(name, 0) for name in files), 0, Path()
+    total, done = sum(sizes.get(name, 0) for name in files), 0
+    _require_room(repo, commit, files, sizes)
     for name in files:
         bar = _silent_bar(on_progress, name, done, total)
-        path = Path(hf_hub_download(repo, name, revision=commit, tqdm_class=bar))
-        folder = path.parents[name.count("/")]
+        try:
+            path = Path(hf_hub_download(repo, name, revision=commit, tqdm_class=bar))
+        except OSError as error:
+            if is_disk_full(error):
+                raise _no_room(repo, sizes.get(name, 0)) from None
+            raise
         done += sizes.get(name, 0)
         if on_progress is not None:
             on_progress(name, done, total)
-    return folder
+    return path.parents[name.count("/")]
+
+
+def _require_room(repo: str, commit: str, files: list[str], sizes: Mapping[str, int]) -> None:
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    present = {name for name in files if isinstance(try_to_load_from_cache(repo, name, revision=commit), str)}
+    needed = sum(sizes.get(name, 0) for name in files if name not in present)
+    if needed > free_bytes(Path(constants.HF_HUB_CACHE)):
+        raise _no_room(repo, needed)
+
+
+def _no_room(repo: str, needed: int) -> StorageError:
+    from huggingface_hub import constants
+
+    free = readable_size(free_bytes(Path(constants.HF_HUB_CACHE)))
+    return StorageError(
+        f"There is no room for {repo}: {readable_size(needed)} are needed, {free} are free.",
+        why=f"Downloaded models are kept in {constants.HF_HUB_CACHE}.",
+        fix="Free some space on that disk, or set HF_HOME to a folder on another one.",
+    )
 
 
 def _remember_branch(repo: str, revision: str, commit: str, snapshot: Path) -> None:
@@ -235,7 +262,9 @@ def _explain(error: Exception, wanted: _Wanted) -> HubError:
     if isinstance(error, errors.GatedRepoError):
         return _gated(repo, page, has_token)
     if isinstance(error, errors.RevisionNotFoundError):
-        return HubError(f"{repo} has no revision {wanted.revision}.", fix=f"Check the revision of {setting}; main is the usual one.")
+        return HubError(
+            f"{repo} has no revision {wanted.revision}.", fix=f"Check the revision of {setting}; main is the usual one."
+        )
     if isinstance(error, errors.RepositoryNotFoundError):
         why = "There is no such repository, or it is private and your token may not read it."
         if not has_token:

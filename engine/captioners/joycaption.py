@@ -42,7 +42,8 @@ _SYSTEM = "You are a helpful image captioner."
 _QUESTIONS = {
     "descriptive": "Write a {length}detailed description for this image.",
     "casual": "Write a {length}descriptive caption for this image in a casual tone.",
-    "prompt": "Output a {length}stable diffusion prompt that is indistinguishable from a real stable diffusion prompt.",
+    "image-prompt": "Output a {length}stable diffusion prompt that is indistinguishable from a real stable "
+    "diffusion prompt.",
     "tags": "Write a {length}list of Booru-like tags for this image.",
 }
 
@@ -50,7 +51,7 @@ _QUESTIONS = {
 class Settings(Section):
     """What is asked."""
 
-    style: Literal["descriptive", "casual", "prompt", "tags"] = "descriptive"
+    style: Literal["descriptive", "casual", "image-prompt", "tags"] = "descriptive"
     """A formal or casual description, what somebody would type to make such a picture, or a list of tags."""
     length: Literal["any", "very short", "short", "medium-length", "long"] = "any"
     """How long the caption should be."""

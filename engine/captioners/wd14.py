@@ -81,7 +81,7 @@ class Settings(Section):
     underscores: bool = False
     """Keep the underscores of tags; off: spaces, as prompts are written. Faces such as ^_^ always keep theirs."""
     max_tags: Annotated[int, Field(ge=0, le=1000)] = 0
-    """At most this many tags, the most probable ones; 0: all above their thresholds."""
+    """At most this many tags besides the rating, the most probable ones; 0: all above their thresholds."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`lorasmith caption auto` and `list`: captions by a model, written beside the dataset and not into it."""
+"""`lorasmith caption auto`: captions by a model, written beside the dataset and not into it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from lorasmith.engine.cli.caption_list import list_captioners
 from lorasmith.engine.cli.output import columns, say, say_json, visible
 from lorasmith.engine.cli.progress import SECONDS_BETWEEN_LINES, default_stream, duration, size
 from lorasmith.engine.errors import EXIT_STOPPED, ConfigError, DatasetError
 
 if TYPE_CHECKING:
-    from lorasmith.engine.captioners import Captioner, CaptionerModule
+    from lorasmith.engine.captioners import Captioner
     from lorasmith.engine.dataset.captioning import CaptioningPlan, CaptioningResult, CaptioningStep
     from lorasmith.engine.dataset.items import ImageItem
 
@@ -66,7 +67,9 @@ def auto(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, or a GPU's UUID.")] = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="Caption at most so many pictures.")] = None,
-    again: Annotated[bool, typer.Option("--again", help="Make captions of captioners anew.")] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Also caption pictures that a captioner has captioned before.")
+    ] = False,
     replace_captions: Annotated[
         bool, typer.Option("--replace-captions", help="Also caption pictures with captions of their own; files stay.")
     ] = False,
@@ -107,55 +110,7 @@ def auto(
         raise typer.Exit(DatasetError.exit_code)
 
 
-@caption_app.command("list")
-def list_captioners(
-    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Show this captioner's settings.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-) -> None:
-    """Show the captioners with what they write, how large their models are, and their licenses."""
-    from lorasmith.engine.captioners import captioners, find_captioner
-
-    modules = {name: find_captioner(name)} if name else captioners()
-    if as_json:
-        say_json([_facts(module) for module in modules.values()])
-        return
-    rows = [["NAME", "MODEL", "WRITES", "DOWNLOAD", "LICENSE"]]
-    for module in modules.values():
-        spec = module.SPEC
-        rows.append([spec.name, spec.label, spec.kind, size(spec.bytes), spec.license.name])
-    for line in columns(rows, indent=""):
-        print(line)
-    for module in modules.values():
-        say(f"{module.SPEC.name}: {module.SPEC.good_for}")
-    if name:
-        say(f"License: {modules[name].SPEC.license.consequence} {modules[name].SPEC.license.url}")
-        say("Settings:")
-        for key, default, text in _settings_of(modules[name]):
-            say(f"  --set {key}={default}")
-            say(f"      {text}")
-
-
-def _settings_of(module: CaptionerModule) -> Iterator[tuple[str, str, str]]:
-    for key, field in module.Settings.model_fields.items():
-        default = field.get_default(call_default_factory=True)
-        shown = str(default).lower() if isinstance(default, bool) else str(default)
-        yield key, shown, " ".join((field.description or "").split())
-
-
-def _facts(module: CaptionerModule) -> dict[str, Any]:
-    spec = module.SPEC
-    return {
-        "name": spec.name,
-        "label": spec.label,
-        "kind": spec.kind,
-        "model": spec.default_model,
-        "revision": spec.revision,
-        "bytes": spec.bytes,
-        "license": {"name": spec.license.name, "url": spec.license.url, "consequence": spec.license.consequence},
-        "good_for": spec.good_for,
-        "needs": spec.package,
-        "settings": {key: {"default": default, "help": text} for key, default, text in _settings_of(module)},
-    }
+caption_app.command("list")(list_captioners)
 
 
 def _parse_settings(captioner: str, assignments: list[str]) -> dict[str, Any]:
@@ -198,6 +153,7 @@ def _caption(job: _Job, wanted: tuple[ImageItem, ...]) -> CaptioningResult:
     from lorasmith.engine.captioners import load_captioner
     from lorasmith.engine.dataset.captioning import caption_pictures
 
+    _line(job.stream, _loading_line(job))
     captioner: Captioner = load_captioner(
         job.captioner, job.model, job.settings, job.device, on_progress=_download_lines(job.stream)
     )
@@ -214,6 +170,16 @@ def _caption(job: _Job, wanted: tuple[ImageItem, ...]) -> CaptioningResult:
             )
     finally:
         captioner.close()
+
+
+def _loading_line(job: _Job) -> str:
+    """Say what is loaded, and what it may cost to get it."""
+    from lorasmith.engine.captioners import find_captioner
+
+    spec = find_captioner(job.captioner).SPEC
+    if job.model:
+        return f"Loading {spec.label} from {job.model} …"
+    return f"Loading {spec.label} ({spec.default_model}, {spec.license.name}, {size(spec.bytes)} once) …"
 
 
 def _download_lines(stream: TextIO) -> Callable[[str, int, int], None]:

@@ -10,7 +10,7 @@ import pytest
 
 from lorasmith.engine.captioners import find_captioner
 from lorasmith.engine.captioners._files import locate_model, require_files
-from lorasmith.engine.errors import CaptionerError, HubError
+from lorasmith.engine.errors import CaptionerError, HubError, StorageError
 from tests.engine.fake_hub import COMMIT, REPO, FakeHub
 
 WD14, BLIP = find_captioner("wd14").SPEC, find_captioner("blip").SPEC
@@ -33,6 +33,7 @@ BLIP_FILES = {
     "onnx/model.onnx": b"other",
     "README.md": b"card",
 }
+NEEDED = {"config.json", "tokenizer.json", "preprocessor_config.json", "vocab.txt", "model.safetensors"}
 WD14_FILES = {"model.onnx": b"graph", "selected_tags.csv": b"tags", "model.safetensors": b"x", "model.msgpack": b"x"}
 
 
@@ -54,13 +55,7 @@ def test_a_tagger_needs_its_graph_and_its_tags_alone(hub: FakeHub) -> None:
 def test_a_model_of_transformers_needs_texts_and_safetensors_and_neither_code_nor_pickles(hub: FakeHub) -> None:
     hub.files = dict(BLIP_FILES)
     locate_model(BLIP, REPO)
-    assert set(hub.fetched) == {
-        "config.json",
-        "tokenizer.json",
-        "preprocessor_config.json",
-        "vocab.txt",
-        "model.safetensors",
-    }
+    assert set(hub.fetched) == NEEDED
 
 
 def test_without_a_model_the_captioner_asks_for_the_commit_that_was_looked_at(hub: FakeHub) -> None:
@@ -112,6 +107,34 @@ def test_a_repository_that_lacks_something_is_refused_before_the_download(
         locate_model(BLIP, REPO)
     assert getattr(caught.value, "exit_code", 0) == 4
     assert hub.fetched == []
+
+
+def test_a_disk_without_room_is_told_before_the_download(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorasmith.engine import hub as downloads
+
+    hub.files = dict(BLIP_FILES)
+    needed = sum(len(BLIP_FILES[name]) for name in BLIP_FILES if name in NEEDED)
+    monkeypatch.setattr(downloads, "free_bytes", lambda path: needed - 1)
+    with pytest.raises(StorageError, match=r"no room for someone/model: .* are needed") as caught:
+        locate_model(BLIP, REPO)
+    assert "HF_HOME" in caught.value.fix
+    assert hub.fetched == []
+    monkeypatch.setattr(downloads, "free_bytes", lambda path: needed)
+    locate_model(BLIP, REPO)
+    monkeypatch.setattr(downloads, "free_bytes", lambda path: 0)
+    locate_model(BLIP, REPO)  # what is there needs no room
+
+
+def test_a_disk_that_fills_up_meanwhile_is_told_in_words(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    def refuse(*args: Any, **options: Any) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    hub.files = dict(BLIP_FILES)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    with pytest.raises(StorageError, match="no room for someone/model"):
+        locate_model(BLIP, REPO)
 
 
 def test_all_parts_of_weights_that_are_split_must_be_there(tmp_path: Path) -> None:
