@@ -143,7 +143,7 @@ class Encoder:
         if not black:
             return
         weight = self.config.objective.unmasked_weight
-        effect = "nothing of it is learnt" if weight == 0 else "all of the picture counts alike"
+        effect = "nothing of them is learnt" if weight == 0 else f"all of them counts {weight:g} times only"
         names = ", ".join(sorted(black)[:_NAMED]) + (f" and {len(black) - _NAMED} more" if len(black) > _NAMED else "")
         message = f"Black masks mark nothing to learn in {_count(len(black), 'picture')} ({names}): {effect}."
         self.emit(Logged(severity="warning", message=message))

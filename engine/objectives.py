@@ -126,11 +126,13 @@ def mask_weights(mask: Tensor, unmasked_weight: float) -> Tensor:
     The weight is 1 under the mask and `unmasked_weight` elsewhere, linear in between, then divided by its mean over the
     picture, so that a picture counts as much as others however small its mask is. Trainers differ in that: sd-scripts
     (apply_masked_loss) never divides, OneTrainer (masked_losses) does so by picture if asked to, ai-toolkit (SDTrainer)
-    always but by the batch, so that pictures would depend on their neighbors. The divisor is at least `MIN_MASK_MEAN`:
-    a speck is not blown up without bound, and a black mask with weight 0 leaves nothing to learn.
+    always but by the batch, so that pictures would depend on their neighbors. The divisor is at least `MIN_MASK_MEAN`,
+    so that a speck is not blown up without bound. A black mask leaves out all of a picture, which is not made up for.
     """
     outside = 1.0 - mask.float() / 255.0
     weights = 1.0 - (1.0 - unmasked_weight) * outside
+    if not mask.any():
+        return weights
     return weights / weights.mean().clamp(min=MIN_MASK_MEAN)
 
 

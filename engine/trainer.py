@@ -108,7 +108,7 @@ class Training:
         if checkpoint.state["dataset"] != self.material.plan.fingerprint():
             raise CheckpointError(
                 f"The run cannot be resumed at step {checkpoint.step}: the dataset has changed since.",
-                why="A picture or caption was added, removed or edited.",
+                why="A picture, caption or mask was added, removed or edited.",
                 fix="Put the dataset back as it was, or start a new run.",
             )
         tensors = {name: checkpoint.tensors(name) for name in ("adapter", "optimizer")}

@@ -68,7 +68,7 @@ class Sample:
 class View:
     """One picture, or its mirrored twin, at one training size; `samples` are the parts of it that are used in turn.
 
-    It is used `repeats` times an epoch, at least once. `phase` (0..1) says in which epochs a fraction counts.
+    It is used `repeats` times an epoch, 1 or more. `phase` (0..1) says in which epochs a fraction counts.
     """
 
     samples: tuple[Sample, ...]
@@ -103,14 +103,12 @@ class BucketRow:
 class BucketPlan:
     """All samples in a fixed order; `samples[i].index == i`, and each belongs to one of the `views`.
 
-    `left_out` are pictures with the resolutions that would have enlarged them too much. `epoch_factor` is above 1 where
-    some picture has less than one repeat: so many times longer are epochs, so that each picture is in every one.
+    `left_out` are pictures with the resolutions that would have enlarged them too much.
     """
 
     samples: tuple[Sample, ...]
     views: tuple[View, ...] = ()
     left_out: tuple[tuple[ImageItem, int], ...] = ()
-    epoch_factor: float = 1.0
 
     def counts(self) -> dict[str, int]:
         """Return the number of pictures (twins and further parts not counted) by bucket, e.g. {"64x64": 12}."""
@@ -174,21 +172,20 @@ def plan_buckets(
     samples: list[Sample] = []
     views: list[View] = []
     left_out: list[tuple[ImageItem, int]] = []
-    factor = 1.0 / min([1.0, *(item.repeats for item in items)])
     for item in sorted(items, key=lambda item: (item.regularization, item.relative)):
         chosen = {resolution: _nearest(item.width / item.height, buckets) for resolution, buckets in sizes.items()}
         fitting = [r for r, bucket in chosen.items() if _scale(item, bucket) <= MAX_ENLARGEMENT] or [min(chosen)]
         left_out += [(item, resolution) for resolution in chosen if resolution not in fitting]
         for bucket in dict.fromkeys(chosen[resolution] for resolution in fitting):
             for flipped in (False, True) if settings.flip else (False,):
-                view = _view(item, bucket, flipped, settings.crop == "random", factor, seed)
+                view = _view(item, bucket, flipped, settings.crop == "random", seed)
                 numbered = [dataclasses.replace(s, index=len(samples) + k) for k, s in enumerate(view.samples)]
                 samples += numbered
                 views.append(dataclasses.replace(view, samples=tuple(numbered)))
-    return BucketPlan(tuple(samples), tuple(views), tuple(left_out), factor)
+    return BucketPlan(tuple(samples), tuple(views), tuple(left_out))
 
 
-def _view(item: ImageItem, bucket: Bucket, flipped: bool, random_crops: bool, factor: float, seed: int) -> View:
+def _view(item: ImageItem, bucket: Bucket, flipped: bool, random_crops: bool, seed: int) -> View:
     scale = _scale(item, bucket)
     over_x, over_y = item.width * scale - bucket.width, item.height * scale - bucket.height
     loss = max(0.0, 1.0 - bucket.width * bucket.height / ((item.width * scale) * (item.height * scale)))
@@ -201,7 +198,7 @@ def _view(item: ImageItem, bucket: Bucket, flipped: bool, random_crops: bool, fa
         # one side only, the draws of the other are without effect.
         offsets = [((k + rng.random()) / num,) * 2 for k in range(num)] if num > 1 else [CENTER]
         rng.shuffle(offsets)
-    repeats = max(1.0, item.repeats * factor)
+    repeats = max(1.0, item.repeats)  # the scan gives no less; every picture is in every epoch
     phase = python_rng(seed, f"repeats {item.sha256}", *place).random() if repeats % 1 else 0.0
     samples = tuple(Sample(item, bucket, 0, flipped, scale, loss, offset) for offset in offsets)
     return View(samples, repeats, phase)

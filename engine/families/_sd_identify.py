@@ -44,7 +44,8 @@ def identify_folder(files: BaseFiles) -> BaseIdentity | None:
     variant = _VERSIONS.get(width, "custom")
     details: dict[str, Any] = {"prediction_from": "its scheduler", "license": files.license()}
     if isinstance(width, int) and width:
-        details["prompt_numbers"] = _TOKENS * width
+        tokens = files.config("text_encoder").get("max_position_embeddings", _TOKENS)
+        details["prompt_numbers"] = min(_TOKENS, int(tokens)) * width
     return _identity(tensors, variant, prediction, side, tuple(missing), details)
 
 

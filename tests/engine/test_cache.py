@@ -76,6 +76,15 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
+def add_mask(folder: Path, name: str, left: int = 255, right: int = 0) -> None:
+    """Write the mask of `folder`/`name`.png: two halves of a gray value each."""
+    with Image.open(folder / f"{name}.png") as picture:
+        size = picture.size
+    mask = Image.new("L", size, right)
+    mask.paste(left, (0, 0, size[0] // 2, size[1]))
+    mask.save(folder / f"{name}-masklabel.png")
+
+
 def options(folder: Path, **values: Any) -> DatasetSettings:
     return DatasetSettings.model_validate({"folder": str(folder), "resolution": 64, "bucket_step": 32, **values})
 
@@ -136,7 +145,19 @@ CHANGES: dict[str, tuple[Callable[[FakeFamily], FakeFamily], dict[str, Any], str
     "resolution": (lambda fake: fake, {"resolution": 128}, "vae", 7),
     "crop of the wide ones": (lambda fake: fake, {"buckets": False}, "vae", 2),
     "flip adds twins": (lambda fake: fake, {"flip": True}, "vae", 7),
+    "random crops of the wide ones": (
+        lambda fake: fake,
+        {"buckets": False, "crop": "random"},
+        "vae",
+        2 * 8,
+    ),
+    "random crops where nothing sticks out": (lambda fake: fake, {"crop": "random"}, "vae", 0),
+    "another resolution beside the first": (lambda fake: fake, {"more_resolutions": [128]}, "vae", 0),
+    "a smaller resolution beside the first": (lambda fake: fake, {"more_resolutions": [64]}, "vae", 0),
     "background of the transparent one": (lambda fake: fake, {"alpha_background": "black"}, "vae", 1),
+    "checkerboard behind the transparent one": (lambda fake: fake, {"alpha_background": "checker"}, "vae", 1),
+    "transparency as a mask": (lambda fake: fake, {"masks": "alpha"}, "vae", 1),
+    "no masks where there are none": (lambda fake: fake, {"masks": "off"}, "vae", 0),
     "repeats": (lambda fake: fake, {"repeats": 3}, "vae", 0),
 }
 
@@ -159,6 +180,25 @@ def test_a_changed_picture_alone_is_recomputed_and_a_renamed_one_is_not(folder: 
     fake = FakeFamily()
     encode(options(folder), fake, store)
     assert fake.encoded == 1
+
+
+def test_a_mask_that_is_added_changed_or_removed_recomputes_its_picture_alone(folder: Path, tmp_path: Path) -> None:
+    store = LatentCache(tmp_path / "cache")
+    encode(options(folder), FakeFamily(), store)
+
+    def count(**values: Any) -> int:
+        fake = FakeFamily()
+        encode(options(folder, **values), fake, store)
+        return fake.encoded
+
+    add_mask(folder, "1")
+    assert count() == 1
+    assert count() == 0
+    add_mask(folder, "1", left=0, right=255)
+    assert count() == 1
+    assert count(masks="off") == 0  # as before there was a mask
+    (folder / "1-masklabel.png").unlink()
+    assert count() == 0
 
 
 def test_a_new_way_of_decoding_recomputes_everything(
@@ -220,6 +260,18 @@ def test_an_entry_under_another_entrys_name_is_computed_again(folder: Path, tmp_
     assert fake.encoded == 1
 
 
+def test_a_damaged_entry_with_a_mask_is_computed_again_with_its_mask(folder: Path, tmp_path: Path) -> None:
+    add_mask(folder, "0")
+    settings, store = options(folder), LatentCache(tmp_path / "cache")
+    first = encode(settings, FakeFamily(), store)
+    path = store.path(latent_key(samples_of(settings)[0], as_family(FakeFamily()), "vae", settings))
+    path.write_bytes(zeros(path.read_bytes()))
+    fake = FakeFamily()
+    second = encode(settings, fake, store)
+    assert fake.encoded == 1
+    assert torch.equal(first.masks[0], second.masks[0])
+
+
 def test_nothing_but_whole_entries_stays_in_the_cache_folder(folder: Path, tmp_path: Path) -> None:
     encode(options(folder), FakeFamily(), LatentCache(tmp_path / "cache"))
     files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
@@ -259,6 +311,71 @@ def test_stopping_keeps_what_is_done(folder: Path, tmp_path: Path, monkeypatch: 
     rest = FakeFamily()
     assert len(cache_latents(samples, as_family(rest), "vae", settings, cache=store)) == 7
     assert rest.encoded == 4
+
+
+def test_a_cache_that_is_not_to_be_written_is_read_and_left_alone(folder: Path, tmp_path: Path) -> None:
+    settings, fake = options(folder), FakeFamily()
+    cache_latents(
+        samples_of(settings)[:3], as_family(FakeFamily()), "vae", settings, cache=LatentCache(tmp_path / "cache")
+    )
+    before = sorted((tmp_path / "cache").rglob("*"))
+    pictures = encode(settings, fake, LatentCache(tmp_path / "cache", writes=False))
+    assert (len(pictures), fake.encoded) == (7, 4)
+    assert sorted((tmp_path / "cache").rglob("*")) == before
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_masks_are_cut_and_mirrored_like_their_pictures_and_averaged_to_latents(
+    folder: Path, tmp_path: Path, flip: bool
+) -> None:
+    add_mask(folder, "0")
+    add_mask(folder, "4")
+    settings = options(folder, flip=flip, buckets=False, crop="random")
+    pictures = encode(settings, FakeFamily(), LatentCache(tmp_path / "cache"))
+    again = encode(settings, FakeFamily(), LatentCache(tmp_path / "cache"))
+    samples = samples_of(settings)
+    masked = [sample for sample in samples if sample.item.relative in ("0.png", "4.png")]
+    assert pictures.masks.keys() == again.masks.keys() == {sample.index for sample in masked}
+    for sample in masked:
+        mask = pictures.masks[sample.index]
+        assert torch.equal(mask, again.masks[sample.index])
+        assert (mask.dtype, mask.shape) == (torch.uint8, (1, 8, 8))
+        # The left half of these pictures is green, the right half is not; the mask is white over the left half.
+        green = (pictures.latents[sample.index][1] + 1) / (200 / 127.5)
+        assert (mask[0].float() / 255 - green).abs().max() < 0.12
+
+
+def test_a_mask_of_another_size_covers_its_picture(folder: Path, tmp_path: Path) -> None:
+    add_mask(folder, "0")
+    store = LatentCache(tmp_path / "cache")
+    first = encode(options(folder), FakeFamily(), store).masks[0]
+    with Image.open(folder / "0-masklabel.png") as mask:
+        mask.resize((192, 192), Image.Resampling.NEAREST).save(folder / "0-masklabel.png")
+    assert torch.equal(encode(options(folder), FakeFamily(), store).masks[0], first)
+
+
+def test_transparency_is_the_mask_where_that_is_wanted_and_no_file_is(folder: Path, tmp_path: Path) -> None:
+    picture = Image.new("RGBA", (64, 64), (0, 0, 255, 255))
+    picture.paste((0, 0, 0, 0), (0, 0, 32, 64))
+    picture.save(folder / "clear.png")
+    settings = options(folder, masks="alpha")
+    index = next(sample.index for sample in samples_of(settings) if sample.item.relative == "clear.png")
+    store = LatentCache(tmp_path / "cache")
+    masks = encode(settings, FakeFamily(), store).masks
+    assert list(masks) == [index]
+    assert masks[index][0, 0].tolist() == [0] * 4 + [255] * 4
+    assert encode(options(folder), FakeFamily(), store).masks == {}
+    add_mask(folder, "clear")
+    assert encode(settings, FakeFamily(), store).masks[index][0, 0].tolist() == [255] * 4 + [0] * 4
+
+
+def test_a_mask_that_changed_since_the_scan_is_an_error(folder: Path, tmp_path: Path) -> None:
+    add_mask(folder, "2")
+    settings = options(folder)
+    samples = samples_of(settings)
+    add_mask(folder, "2", left=7)
+    with pytest.raises(DatasetError, match=r"mask of 2\.png changed"):
+        cache_latents(samples, as_family(FakeFamily()), "vae", settings, cache=LatentCache(tmp_path / "cache"))
 
 
 def test_a_picture_that_changed_since_the_scan_is_an_error(folder: Path, tmp_path: Path) -> None:

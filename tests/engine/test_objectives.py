@@ -9,7 +9,15 @@ from diffusers import DDPMScheduler
 
 from lorasmith.engine.config import ObjectiveSettings
 from lorasmith.engine.errors import BaseModelError
-from lorasmith.engine.objectives import DdpmObjective, NoisyBatch, alphas_cumprod, min_snr_weights, weighted_loss
+from lorasmith.engine.objectives import (
+    MIN_MASK_MEAN,
+    DdpmObjective,
+    NoisyBatch,
+    alphas_cumprod,
+    mask_weights,
+    min_snr_weights,
+    weighted_loss,
+)
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 ZERO_SNR = SD | {"rescale_betas_zero_snr": True}
@@ -125,3 +133,66 @@ def test_a_pictures_own_weight_and_min_snr_multiply() -> None:
     batch = objective(min_snr_gamma=5.0).prepare(LATENTS, prior, 1, 0)
     table = min_snr_weights(alphas_cumprod(SD), 5.0, velocity=False).float()
     assert torch.allclose(batch.weights, prior * table[batch.timesteps])
+
+
+def masks(*shares: float) -> torch.Tensor:
+    """Return masks (N, 1, 8, 8) whose upper rows are white: that share of each."""
+    rows = torch.arange(8).view(1, 1, 8, 1)
+    white = rows < (torch.tensor(shares) * 8).round().view(-1, 1, 1, 1)
+    return (white.expand(len(shares), 1, 8, 8) * 255).to(torch.uint8)
+
+
+def masked_batch(weights: torch.Tensor | None) -> NoisyBatch:
+    return NoisyBatch(
+        LATENTS, torch.zeros(3, dtype=torch.long), LATENTS.flip(0), torch.tensor([1.0, 0.5, 2.0]), weights
+    )
+
+
+@pytest.mark.parametrize("unmasked", [0.0, 0.1, 0.7])
+def test_the_masked_loss_is_the_mean_error_weighted_by_pixel_and_picture(unmasked: float) -> None:
+    mask = torch.cat([masks(0.25, 1.0), torch.full((1, 1, 8, 8), 128, dtype=torch.uint8)])
+    batch = masked_batch(torch.stack([mask_weights(each, unmasked) for each in mask]))
+    expected = 0.0
+    for picture, weight in enumerate((1.0, 0.5, 2.0)):
+        of_pixel = [[unmasked + (1 - unmasked) * int(v) / 255 for v in row] for row in mask[picture, 0].tolist()]
+        whole = sum(map(sum, of_pixel))
+        error = (LATENTS[picture].double() - LATENTS.flip(0)[picture].double()) ** 2
+        total = sum(of_pixel[y][x] * float(error[:, y, x].sum()) for y in range(8) for x in range(8))
+        expected += weight * total / (4 * whole) / 3
+    assert float(weighted_loss(LATENTS, batch)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_white_mask_changes_not_one_bit() -> None:
+    white = torch.stack([mask_weights(each, 0.1) for each in masks(1.0, 1.0, 1.0)])
+    assert torch.equal(
+        weighted_loss(LATENTS * 1.7, masked_batch(white)), weighted_loss(LATENTS * 1.7, masked_batch(None))
+    )
+
+
+def test_what_has_no_weight_has_no_gradient() -> None:
+    prediction = (LATENTS * 1.3).requires_grad_()
+    weights = torch.stack([mask_weights(each, 0.0) for each in masks(0.5, 0.25, 1.0)])
+    weighted_loss(prediction, masked_batch(weights)).backward()
+    assert prediction.grad is not None
+    assert (prediction.grad[weights.expand_as(prediction) == 0] == 0).all()
+    assert (prediction.grad[weights.expand_as(prediction) > 0] != 0).all()
+
+
+def test_pictures_count_alike_however_small_their_masks_are() -> None:
+    for share in (0.125, 0.5, 1.0):
+        assert float(mask_weights(masks(share)[0], 0.0).mean()) == pytest.approx(1.0)
+        assert float(mask_weights(masks(share)[0], 0.3).mean()) == pytest.approx(1.0)
+
+
+def test_a_speck_is_bounded_and_a_black_mask_keeps_the_weight_of_what_is_left_out() -> None:
+    speck = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    speck[0, 0, 0] = 255
+    assert float(mask_weights(speck, 0.0).max()) == pytest.approx(1 / MIN_MASK_MEAN)
+    for unmasked in (0.0, 0.1, 0.5):
+        assert torch.allclose(mask_weights(masks(0.0)[0], unmasked), torch.full((1, 8, 8), unmasked))
+
+
+def test_the_objective_passes_pixel_weights_on() -> None:
+    weights = torch.rand(3, 1, 8, 8)
+    assert objective().prepare(LATENTS, ONES, 1, 0, weights).pixel_weights is weights
+    assert objective().prepare(LATENTS, ONES, 1, 0).pixel_weights is None

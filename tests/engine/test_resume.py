@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from lorasmith.engine.checkpoints import Checkpoint, newest_checkpoint
 from lorasmith.engine.commands import Command
@@ -23,10 +24,34 @@ EVERYTHING: dict[str, dict[str, Any]] = {
     "objective": {"min_snr_gamma": 5.0, "noise_offset": 0.1},
     "schedule": {"name": "cosine_restarts", "warmup_steps": 5},
 }
+DATASET: dict[str, dict[str, Any]] = {
+    "captions": {
+        "shuffle": True,
+        "dropout": 0.1,
+        "tag_dropout": 0.3,
+        "wildcards": True,
+        "lines": "choose",
+        "prefix": "{photo|picture} of",
+    },
+    "dataset": {
+        "flip": True,
+        "crop": "random",
+        "buckets": False,
+        "more_resolutions": [128],
+        "weights": [1.0, 1.5],
+        "masks": "alpha",
+        "alpha_background": "checker",
+    },
+    "objective": {"unmasked_weight": 0.2, "prior_weight": 0.5},
+}
 CASES: dict[str, tuple[tuple[int, ...], dict[str, dict[str, Any]]]] = {
     "adamw, everything random, accumulation 2": (
         (1, 7, 29),
         EVERYTHING | {"train": {"steps": 30, "gradient_accumulation": 2}},
+    ),
+    "everything of the dataset, accumulation 3": (
+        (2, 5, 17),
+        DATASET | {"train": {"steps": 20, "gradient_accumulation": 3}},
     ),
     "adamw8bit, LoRA+": ((6,), {"optimizer": {"name": "adamw8bit", "lora_plus_ratio": 4.0}, "adapter": {"rank": 64}}),
     "adafactor, linear": ((7,), {"optimizer": {"name": "adafactor"}, "schedule": {"name": "linear"}}),
@@ -61,9 +86,25 @@ def rate_of(host: RecordingHost) -> dict[int, float]:
     return {event.step: event.learning_rate for event in host.of(StepsDone)}
 
 
+def odd_dataset(folder: Path) -> dict[str, Any]:
+    """Write two datasets and regularization pictures with captions of several lines, masks and transparency."""
+    lines = ["a circle, red, {big|small}\na ball", "a ball, blue\na toy, {red|blue}, round, old"]
+    tiny_pictures(folder / "pictures", 3, sizes=((160, 128), (128, 160)), captions=lines)
+    more = tiny_pictures(folder / "more", 3, sizes=((300, 128),), captions=lines)
+    tiny_pictures(folder / "regular", 1, sizes=((130, 140),))
+    with Image.open(more[0]) as picture:
+        picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+        picture.save(more[0])
+    mask = Image.linear_gradient("L").rotate(90).resize((300, 128))
+    mask.save(folder / "more" / "01-masklabel.png")
+    return {"more_folders": [str(folder / "more")], "regularization_folder": str(folder / "regular")}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_cut_run_equals_the_uncut_one(case: str, tiny_sd15: Path, tmp_path: Path) -> None:
     cuts, sections = CASES[case]
+    if sections.get("dataset", {}).get("weights"):
+        sections = sections | {"dataset": sections["dataset"] | odd_dataset(tmp_path)}
     train = {"steps": 12, "log_every": 1} | sections.get("train", {})
     config = tiny_config(tiny_sd15, tmp_path, **(sections | {"train": train}))
     whole_run, whole = run_training(config)
@@ -140,6 +181,25 @@ def test_settings_that_do_not_alter_training_may_change(tiny_sd15: Path, tmp_pat
     )
     _, host = run_training(other, run=run)
     assert [step for step, _ in by_step(host)] == [5, 6]
+
+
+def test_a_changed_mask_is_a_changed_dataset(tiny_sd15: Path, tmp_path: Path) -> None:
+    tiny_config(tiny_sd15, tmp_path)
+    mask = tmp_path / "pictures" / "00-masklabel.png"
+    Image.new("L", (64, 64), 200).save(mask)
+    run, config = stopped_run(tiny_sd15, tmp_path)
+    Image.new("L", (64, 64), 100).save(mask)
+    with pytest.raises(CheckpointError, match="dataset has changed"):
+        run_training(config, run=run)
+
+
+def test_further_datasets_may_move_too(tiny_sd15: Path, tmp_path: Path) -> None:
+    tiny_pictures(tmp_path / "here" / "more", 2)
+    run, config = stopped_run(tiny_sd15, tmp_path, dataset={"more_folders": [str(tmp_path / "here" / "more")]})
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = changed(config, dataset={"more_folders": [str(tmp_path / "there" / "more")]})
+    _, host = run_training(moved, run=run)
+    assert host.of(RunEnded)[0].outcome == "finished"
 
 
 def test_a_changed_dataset_is_refused(tiny_sd15: Path, tmp_path: Path) -> None:
