@@ -150,7 +150,7 @@ class AutoCaption(ToolScreen):
         except LorasmithError as problem:
             error = error or problem
         if error is not None:
-            self.panel.say_problem(told(error))
+            self.panel.say_problem(told(error).append(f"\n  {_summary(job, count)}"))
         self.panel.show_count()
         self._show_run(error is None)
         self.query_one("#captioner" if error is not None else "#close").focus()
