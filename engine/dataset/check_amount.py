@@ -112,7 +112,8 @@ def _unbalanced(learnt: list[ImageItem], context: CheckContext) -> Finding | Non
     told = "; ".join(f"{_class_label(key)}: {len(classes[key])} pictures, {uses[key]:g} uses" for key in ordered)
     return Finding(
         "class-imbalance",
-        "warning",
+        # Whoever set weights wants one dataset to count more.
+        "note" if context.config.dataset.weights else "warning",
         f"{_class_label(commonest)} is used {uses[commonest] / uses[rarest]:.1f} times as often as "
         f"{_class_label(rarest)}.",
         f"The rarer class is learnt later and worse, and takes on looks of the other. In an epoch: {told}.",

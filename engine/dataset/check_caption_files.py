@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from pathlib import PurePosixPath
 
 from lorasmith.engine.dataset.check_captions import Captions, is_empty
-from lorasmith.engine.dataset.findings import Action, Finding, Severity, counted
+from lorasmith.engine.dataset.findings import Action, Finding, counted
 from lorasmith.engine.dataset.items import ImageItem
+from lorasmith.engine.dataset.missing_captions import filename_caption, missing_captions, require_captions
+from lorasmith.engine.errors import DatasetError
 
+MIN_NAME_WORDS = 3
+"""File names of fewer words are names and no descriptions; a judgement."""
+_DONE = {
+    "trigger": "the trigger alone is used",
+    "filename": "the names of the files are used",
+    "folder": "the name in a folder such as 10_name is used",
+    "exclude": "they are left out",
+}
 _WILDCARD = re.compile(r"\{[^{}]*\|[^{}]*\}")
 
 
@@ -19,36 +28,38 @@ def check_caption_files(captions: Captions) -> list[Finding]:
 
 
 def _missing(captions: Captions) -> Finding | None:
-    missing = [item for item in captions.dataset.items if not item.captions]
+    missing = missing_captions(captions.dataset)
     if not missing:
         return None
-    choice = captions.context.config.dataset.missing_captions
-    told = counted(len(missing), "picture has", "pictures have")
-    what = {
-        "ask": "",
-        "trigger": ": the trigger alone is used",
-        "filename": ": the names of the files are used",
-        "folder": ": the name in a folder such as 10_name is used",
-        "exclude": ": left out" if len(missing) < len(captions.dataset.items) else ": nothing would be left",
-    }[choice]
-    action = _choose_for_missing(missing) if choice == "ask" else None
-    severity: Severity = "note" if choice != "ask" and len(missing) < len(captions.dataset.items) else "warning"
+    settings = captions.context.config.dataset
+    refused = _refusal(captions)
+    what = "" if refused is not None else f": {_DONE[settings.missing_captions]}"
     return Finding(
         "captions-missing",
-        "error" if choice == "ask" else severity,
-        f"{told} no caption{what}.",
-        "A caption says what may change; what no caption says is learnt as part of the concept.",
+        "note" if refused is None else "error",
+        f"{counted(len(missing), 'picture has', 'pictures have')} no caption{what}.",
+        "A caption says what may change; what no caption says is learnt as part of the concept."
+        if refused is None or settings.missing_captions == "ask"
+        else f"{refused.what} {refused.why}",
         "Write captions here or as NAME.txt beside the pictures, or set dataset.missing_captions: trigger (the trigger "
         "alone), filename, folder (the name in 10_name), exclude (leave them out).",
         files=tuple(item.relative for item in missing),
-        action=action,
+        action=_choose_for_missing(missing) if refused is not None else None,
     )
 
 
+def _refusal(captions: Captions) -> DatasetError | None:
+    """Return why a run would not start with these captions, None where it would."""
+    try:
+        require_captions(captions.dataset, captions.context.config.dataset)
+    except DatasetError as error:
+        return error
+    return None
+
+
 def _choose_for_missing(missing: Sequence[ImageItem]) -> Action:
-    """Return the names of the files where all of them read like words, and else the trigger."""
-    stems = [PurePosixPath(item.relative).stem for item in missing]
-    if all(len(re.findall(r"[^\W\d_]{2,}", stem)) >= 3 for stem in stems):
+    """Return the names of the files where all of them read like descriptions, and else the trigger."""
+    if all(len(filename_caption(item.relative).split()) >= MIN_NAME_WORDS for item in missing):
         return Action("Use the names of the files as captions", settings={"dataset.missing_captions": "filename"})
     return Action("Use the trigger alone for them", settings={"dataset.missing_captions": "trigger"})
 
@@ -91,6 +102,26 @@ def _recoded(captions: Captions) -> Finding | None:
         files=tuple(sorted(told)),
         details=dict(sorted(told.items())),
         action=Action("Keep the texts as they are shown", captions=single) if single else None,
+    )
+
+
+def _twice(captions: Captions) -> Finding | None:
+    told = {
+        item.relative: note
+        for item in captions.dataset.items
+        for note in item.notes
+        if note.startswith("has another caption in ") and item.caption_source != "overlay"
+    }
+    if not told:
+        return None
+    return Finding(
+        "captions-twice",
+        "note",
+        f"{counted(len(told), 'picture has', 'pictures have')} a second caption that is not used.",
+        "Captions lie in two places, such as a .txt and a .caption file; an older one may be the one in use.",
+        "Look whether the right one is shown, and remove the other.",
+        files=tuple(sorted(told)),
+        details=dict(sorted(told.items())),
     )
 
 
@@ -152,6 +183,7 @@ _CHECKS: tuple[Callable[[Captions], Finding | None], ...] = (
     _empty,
     _wildcards,
     _recoded,
+    _twice,
     _lines,
 )
 

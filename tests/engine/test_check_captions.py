@@ -49,6 +49,7 @@ CASES: list[tuple[str, list[ImageItem], list[ImageItem], dict[str, Any], dict[st
         {},
         {},
     ),
+    ("captions-twice", odd("a", notes=("has another caption in odd.caption, which is not used",)), odd("a"), {}, {}),
     ("choices-not-drawn", odd("a {red|blue} thing"), odd("a {red} thing"), {}, {}),
     ("captions-of-lines", odd("one\ntwo"), odd("one\n"), {}, {}),
     ("trigger-place", odd("a zqx thing"), odd("zqx thing"), {}, {}),
@@ -110,28 +111,42 @@ def test_good_prose_has_nothing_found_against_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("choice", "severity"), [("ask", "error"), ("trigger", "note"), ("filename", "note"), ("exclude", "note")]
+    ("choice", "name", "severity"),
+    [
+        ("ask", "a.png", "error"),
+        ("trigger", "a.png", "note"),
+        ("filename", "a red cat.png", "note"),
+        ("filename", "IMG_1.png", "error"),
+        ("folder", "5_cat/a.png", "note"),
+        ("exclude", "a.png", "note"),
+    ],
 )
-def test_missing_captions_are_an_error_until_the_user_chose(choice: str, severity: str) -> None:
-    said = finding("captions-missing", odd(None), dataset__missing_captions=choice)
+def test_missing_captions_are_an_error_while_a_run_would_not_start(choice: str, name: str, severity: str) -> None:
+    said = finding("captions-missing", [*pictures(10), picture(name, None)], dataset__missing_captions=choice)
     assert said.severity == severity
-    assert (said.action is not None) == (choice == "ask")
+    assert (said.action is not None) == (severity == "error")
+
+
+def test_leaving_out_everything_is_an_error() -> None:
+    said = finding("captions-missing", captioned(None, None), dataset__missing_captions="exclude")
+    assert said.severity == "error"
+    assert "nothing to train on" in said.why
 
 
 @pytest.mark.parametrize(
-    ("name", "choice"), [("a red cat on a mat.png", "filename"), ("old-cat_sits_there.png", "filename")]
+    ("name", "choice"),
+    [
+        ("a red cat on a mat.png", "filename"),
+        ("old-cat_sits_there.png", "filename"),
+        ("IMG_2041.jpg", "trigger"),
+        ("cat.png", "trigger"),
+        ("a/b/12 34 56.png", "trigger"),
+    ],
 )
-def test_names_of_words_are_offered_as_captions(name: str, choice: str) -> None:
+def test_the_choice_that_fits_the_names_of_the_files_is_offered(name: str, choice: str) -> None:
     action = finding("captions-missing", [*pictures(3), picture(name, None)]).action
     assert action is not None
     assert action.settings == {"dataset.missing_captions": choice}
-
-
-@pytest.mark.parametrize("name", ["IMG_2041.jpg", "cat.png", "a/b/12 34 56.png"])
-def test_other_pictures_are_offered_the_trigger(name: str) -> None:
-    action = finding("captions-missing", [*pictures(3), picture(name, None)]).action
-    assert action is not None
-    assert action.settings == {"dataset.missing_captions": "trigger"}
 
 
 REPAIRS = [

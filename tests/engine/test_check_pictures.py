@@ -214,6 +214,8 @@ def test_several_datasets_are_balanced_by_their_weights() -> None:
     assert said.action is not None
     assert said.action.settings == {"dataset.weights": [1.0, 4.0]}
     assert finding("class-imbalance", classes(cat=10, dog=2)).action is None
+    weighted = finding("class-imbalance", items, dataset__more_folders=["/more"], dataset__weights=[1.0, 1.0])
+    assert (said.severity, weighted.severity) == ("warning", "note")
 
 
 def test_repeats_count_for_the_balance_of_classes() -> None:
