@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -131,7 +131,7 @@ def _examine(config: RunConfig, base: _Base | None, goal: str, sheet: Path | Non
     from lorasmith.engine.dataset.triggers import read_word
 
     with FileProgress("reading pictures") as progress:
-        dataset = scan_dataset(config.dataset, progress.update)
+        dataset = _with_overlay_note(scan_dataset(config.dataset, progress.update), config)
     used = _used(dataset, config)
     spec = base.module.SPEC if base else None
     tokenizers = base.module.load_tokenizers(base.files) if base else []
@@ -152,6 +152,17 @@ def _examine(config: RunConfig, base: _Base | None, goal: str, sheet: Path | Non
         words=tuple(read_word(tokenizer, trigger) for tokenizer in tokenizers) if trigger else (),
         sheets=_write_sheets(dataset, findings, sheet) if sheet else (),
     )
+
+
+def _with_overlay_note(dataset: Dataset, config: RunConfig) -> Dataset:
+    """Say that there are edited captions where no setting names them."""
+    from lorasmith.engine.dataset.overlay import default_overlay
+
+    edits = default_overlay(Path(config.dataset.folder))
+    if config.dataset.overlay or not edits.is_file():
+        return dataset
+    note = f"{edits} has edited captions, which do not count here: add --set dataset.overlay={edits}"
+    return replace(dataset, notes=(*dataset.notes, note))
 
 
 def _used(dataset: Dataset, config: RunConfig) -> Dataset:

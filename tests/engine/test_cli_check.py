@@ -22,6 +22,7 @@ from lorasmith.engine.dataset.buckets import plan_buckets
 from lorasmith.engine.dataset.check_captions import CaptionStatistics
 from lorasmith.engine.dataset.findings import Action, CheckContext, Finding
 from lorasmith.engine.dataset.items import Dataset, ImageItem, Refusal
+from lorasmith.engine.dataset.overlay import Edit, append_edits
 from lorasmith.engine.dataset.triggers import Word
 from tests.engine.cli_runs import make_tiny_run
 from tests.engine.test_caption_edits import contents
@@ -137,6 +138,19 @@ def test_an_archive_is_checked_too(pictures: Path, tmp_path: Path, check: Check)
             archive.write(path, path.name)
     report = check(str(tmp_path / "pictures.zip"), code=5)
     assert (report["accepted"], len(report["refused"])) == (3, 1)
+
+
+def test_edited_captions_count_where_a_setting_names_them_and_are_pointed_out_where_none_does(
+    pictures: Path, check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(pictures.parent)
+    edits = Path("pictures.captions.jsonl")
+    append_edits(edits, {"00.png": Edit(("written later",))})
+    ignored = check("pictures", code=5)
+    assert f"--set dataset.overlay={edits}" in ignored["dataset_notes"][0]
+    used = check("pictures", "--trigger", "zqx", "--set", f"dataset.overlay={edits}")
+    assert used["captions"]["samples"][0]["text"] == "zqx, written later"
+    assert used["dataset_notes"] == []
 
 
 # For people
