@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image, ImageEnhance, ImageFilter
 
 from lorasmith.engine.dataset.buckets import plan_buckets
 from lorasmith.engine.dataset.check import build_context, caption_statistics, check_dataset
@@ -20,6 +21,7 @@ from lorasmith.engine.run_file import Layer, resolve_config
 from lorasmith.presets import demo
 
 from .checked import LetterTokenizer, config, context, dataset, found, picture, pictures
+from .photos import photo
 from .test_triggers import write_lora, write_run
 
 share = st.floats(0, 1)
@@ -192,3 +194,34 @@ def test_pictures_that_are_left_out_of_the_plan_are_checked_for_what_needs_no_pl
     said = {one.code: one for one in check_dataset(dataset(items), plan, about)}
     assert "too-small" not in said
     assert said["captions-missing"].files == ("odd.png",)
+
+
+def test_troubles_of_a_folder_of_photographs_are_found_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(12):
+        write_photo(folder, f"good-{number}", photo(number), f"zqx, woman in place number {number}")
+    first = photo(0)
+    bars = Image.new("RGB", (768, 700), "black")
+    bars.paste(photo(20), (0, 94))
+    odd = {
+        "letterbox": bars,
+        "blurred": photo(21).filter(ImageFilter.GaussianBlur(6)),
+        "too-small": photo(22, (300, 200)),
+        "near-duplicates": first.resize((700, 467)),
+        "very-dark": ImageEnhance.Brightness(photo(23)).enhance(0.12),
+    }
+    for code, image in odd.items():
+        write_photo(folder, f"odd-{code}", image, f"zqx, something else with {code}")
+    write_photo(folder, "odd-jpeg-artefacts", photo(24), "zqx, a blocky place", quality=15)
+    values = config(dataset__folder=str(folder))
+    scanned = scan_dataset(values.dataset)
+    said = {one.code: one for one in check_dataset(scanned, plan_buckets(scanned.items, values.dataset), context())}
+    assert set(said) == {*odd, "jpeg-artefacts"}
+    for code, one in said.items():
+        assert one.files[0] == f"odd-{code}.jpg" or one.groups == (("good-0.jpg", f"odd-{code}.jpg"),)
+
+
+def write_photo(folder: Path, name: str, image: Image.Image, caption: str, quality: int = 92) -> None:
+    image.save(folder / f"{name}.jpg", quality=quality)
+    (folder / f"{name}.txt").write_text(caption)
