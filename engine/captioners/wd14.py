@@ -97,7 +97,11 @@ def load(folder: Path, settings: Settings, device: str) -> Wd14:
     tags = read_tags(folder / _TAGS)
     session = _open_graph(folder / _GRAPH, device)
     side = _require_contract(session, folder, len(tags))
-    return Wd14(session, tags, side, settings)
+    on_gpu = session.get_providers()[0] == _GPU
+    where = "GPU, onnxruntime" if on_gpu else "CPU, onnxruntime"
+    if device != "cpu" and not on_gpu:
+        where += " (the package onnxruntime-gpu would use the GPU)"
+    return Wd14(session, tags, side, settings, where)
 
 
 class Wd14:
@@ -105,8 +109,8 @@ class Wd14:
 
     spec = SPEC
 
-    def __init__(self, session: Any, tags: Sequence[Tag], side: int, settings: Settings) -> None:
-        self.where = f"{'GPU' if session.get_providers()[0] == _GPU else 'CPU'}, onnxruntime"
+    def __init__(self, session: Any, tags: Sequence[Tag], side: int, settings: Settings, where: str) -> None:
+        self.where = where
         self._session = session
         self._tags, self._side, self._settings = tuple(tags), side, settings
         self._input = session.get_inputs()[0].name
@@ -215,7 +219,7 @@ def _open_graph(path: Path, device: str) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = _threads()
-    # The plain package computes on the CPU only, which is fast enough here; `where` tells.
+    # The plain package knows the CPU only, which is fast enough here; `where` tells.
     gpu = device != "cpu" and _GPU in onnxruntime.get_available_providers()
     providers = [_GPU, _CPU] if gpu else [_CPU]
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import time
 import tomllib
@@ -255,6 +256,6 @@ def _tell_result(job: _Job, result: CaptioningResult, seconds: float, as_json: b
         print(line)
     if result.done:
         say(f"Captions: {job.overlay}")
-        say(f'To train with them: --set dataset.overlay={job.overlay}  (in a run file: overlay = "{job.overlay}")')
+        say(f"To train with them: lorasmith train RUN.toml --set {shlex.quote(f'dataset.overlay={job.overlay}')}")
     if result.stopped and not job.again:
         say("The same command goes on with the rest.")

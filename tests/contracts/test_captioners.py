@@ -26,6 +26,7 @@ from lorasmith.engine.captioners import (
     require_package,
 )
 from lorasmith.engine.errors import CaptionerError, ConfigError, HardwareError
+from tests.test_architecture import ROOT, strings
 from tests.tiny_captioners import TINY_CAPTIONERS
 
 NAMES = sorted(captioners())
@@ -89,6 +90,15 @@ def test_the_facts_of_a_captioner_are_complete(name: str) -> None:
     assert all(part.startswith("https://") for part in (*spec.sources, spec.license.url))
     assert all(text.endswith(".") for text in (spec.good_for, spec.license.consequence))
     assert all((field.description or "").strip() for field in module.Settings.model_fields.values())
+
+
+def test_no_module_outside_asks_which_captioner_it_is() -> None:
+    sources = [path for part in ("engine", "tui") for path in (ROOT / part).rglob("*.py")]
+    assert len(sources) > 100
+    for path in sources:
+        if path.parent.name != "captioners":
+            named = [text for _, text in strings(path) if text in NAMES]
+            assert not named, f"{path}: what differs between captioners is a field of CaptionerSpec"
 
 
 def test_listing_captioners_loads_neither_torch_nor_onnxruntime() -> None:

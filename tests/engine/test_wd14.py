@@ -57,6 +57,20 @@ def test_the_probabilities_are_those_that_the_graph_gives_for_these_pixels(tmp_p
     captioner.close()
 
 
+def test_a_package_that_knows_no_gpu_says_so_and_computes_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    from lorasmith.engine.captioners import wd14
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    captioner = wd14.load(build_wd14(tmp_path), Settings(), "cuda")
+    assert captioner.where == "CPU, onnxruntime (the package onnxruntime-gpu would use the GPU)"
+    assert captioner.caption(Image.new("RGB", (4, 4)))
+    assert wd14.load(tmp_path, Settings(), "cpu").where == "CPU, onnxruntime"
+
+
 # ------------------------------------------------------------------------------------------------- which tags, and how
 
 
