@@ -166,7 +166,9 @@ def _reason(error: BaseException, suffix: str) -> str:
         return "not enough memory to decode it"
     if isinstance(error, OSError) and error.errno is not None:
         return error.strerror or str(error)
-    return f"damaged: {str(error)[:_REASON_LENGTH]}" if str(error) else f"damaged ({type(error).__name__})"
+    text = str(error).strip().partition("\n")[0][:_REASON_LENGTH]
+    # The JPEG XL plug-in says "Generic Error" and how to build it to learn more.
+    return f"damaged: {text}" if text and "libjxl" not in text else f"damaged ({type(error).__name__})"
 
 
 @cache
