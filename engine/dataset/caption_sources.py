@@ -54,6 +54,8 @@ def read_lists(root: Root, layout: Layout) -> ListedCaptions:
     Raises DatasetError where the `metadata_file` of a Kohya file cannot be used.
     """
     listed = ListedCaptions()
+    if not layout.lists and (root.subset is None or root.subset.metadata is None):
+        return listed
     names = _PictureNames(layout.candidates)
     if root.subset is not None and root.subset.metadata is not None:
         path = root.subset.metadata

@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from lorasmith.engine.dataset.items import Refusal
@@ -92,12 +93,13 @@ def named_repeats(name: str) -> tuple[int, str] | None:
     return int(match[1]), printable(match[2]).strip()
 
 
-def folder_repeats(root: Path, folder: Path) -> tuple[int, str]:
-    """Return repeats and class name of the nearest folder named like `10_name`, up from `folder` and below `root`.
+@lru_cache(maxsize=1024)
+def folder_repeats(folder: str) -> tuple[int, str]:
+    """Return repeats and class name of the nearest folder named like `10_name`: the last such part of a path with `/`.
 
-    Without one it is (1, "").
+    `folder` is the path inside the dataset, whose own name does not count. Without such a part it is (1, "").
     """
-    for name in reversed(folder.relative_to(root).parts):
+    for name in reversed(folder.split("/")):
         facts = named_repeats(name)
         if facts is not None:
             return facts

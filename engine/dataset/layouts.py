@@ -9,13 +9,14 @@ the picture's folder, beside it, or one for a whole tree with the same folders i
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
-from lorasmith.engine.dataset.caption_lists import is_list
+from lorasmith.engine.dataset.caption_lists import LIST_SUFFIXES
 from lorasmith.engine.dataset.folders import folder_repeats, same_name
 from lorasmith.engine.dataset.items import Refusal
 from lorasmith.engine.dataset.roots import Root
@@ -27,7 +28,7 @@ MASK_FOLDERS = ("mask", "masks")
 _CONDITIONING_ENDING = "-condlabel"
 
 File = tuple[Path, str]
-_Key = tuple[Path, str]
+_Key = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -55,49 +56,43 @@ class Layout:
     refused: list[Refusal] = field(default_factory=list)
 
 
-def sort_files(root: Root, files: Sequence[File], mask_files: Sequence[File] = ()) -> Layout:
+def sort_files(root: Root, files: Iterable[File], mask_files: Sequence[File] = ()) -> Layout:
     """Return what the files of a root are; `mask_files` lie in the folder of masks that a Kohya file names."""
     layout = Layout(masks=list(mask_files))
-    pictures: list[File] = []
+    masks = _MaskNames()
+    for path, relative in mask_files:
+        masks.add(path, "", _place(relative, "")[1])
+    # Keys are texts taken from the relative paths: thousands of Path objects would cost more than all else here.
+    named: defaultdict[_Key, list[Path]] = defaultdict(list)
+    pictures: list[tuple[File, _Key, str]] = []
     for file in files:
-        path, relative = file
-        if path.stem.lower().endswith(_CONDITIONING_ENDING):
-            layout.refused.append(Refusal(relative, "a conditioning picture of OneTrainer, which is not used"))
-        elif is_sidecar(path, root):
+        folder, stem, name = _place(file[1], root.prefix)
+        suffix = os.path.splitext(name)[1].lower()
+        if stem.lower().endswith(_CONDITIONING_ENDING):
+            layout.refused.append(Refusal(file[1], "a conditioning picture of OneTrainer, which is not used"))
+        elif suffix in CAPTION_SUFFIXES or (root.subset and suffix == root.subset.caption_suffix):
             layout.sidecars.append(file)
-        elif is_list(path):
+            if not why_no_caption(file[0], root):
+                named[folder, stem].append(file[0])
+        elif suffix in LIST_SUFFIXES:
             layout.lists.append(file)
-        elif path.stem.lower().endswith(MASK_ENDING) or _mask_folder(path.parent, root.folder) is not None:
+        elif stem.lower().endswith(MASK_ENDING) or _mask_folder(folder) is not None:
             layout.masks.append(file)
+            masks.add(file[0], folder, stem)
         else:
-            pictures.append(file)
-    sidecars = _sidecars_by_name(root, layout.sidecars)
-    masks = _MaskNames(root, layout.masks, {path for path, _ in mask_files})
-    found = [masks.of_picture(path) for path, _ in pictures]
-    layout.disputed = _disputed(pictures, found)
-    repeats = cache(lambda folder: (1, "") if root.subset else folder_repeats(root.folder, folder))
-    for (path, relative), (sure, beside) in zip(pictures, found, strict=True):
-        count, class_name = repeats(path.parent)
-        if root.subset:
-            class_name = root.subset.class_tokens
+            pictures.append((file, (folder, stem), name))
+    _order_sidecars(root, named)
+    found = [masks.of_picture(key) for _, key, _ in pictures]
+    layout.disputed = _disputed([key for _, key, _ in pictures], found)
+    for ((path, relative), key, name), (sure, beside) in zip(pictures, found, strict=True):
+        count, class_name = (1, root.subset.class_tokens) if root.subset else folder_repeats(key[0])
+        sidecars = named.get(key, []) + named.get((key[0], name), [])
+        own = [*sure, *(mask for mask in beside if mask not in layout.disputed)]
+        repeats = count * root.repeats
         layout.candidates.append(
-            Candidate(
-                path,
-                relative,
-                root,
-                count * root.repeats,
-                class_name,
-                tuple(sidecars[_key(path)] + sidecars[_whole_key(path)]),
-                tuple(dict.fromkeys(mask for mask in sure + beside if mask in sure or mask not in layout.disputed)),
-            )
+            Candidate(path, relative, root, repeats, class_name, tuple(sidecars), tuple(dict.fromkeys(own)))
         )
     return layout
-
-
-def is_sidecar(path: Path, root: Root) -> bool:
-    """Say whether the file's name is that of a caption beside a picture."""
-    suffix = path.suffix.lower()
-    return suffix in CAPTION_SUFFIXES or (root.subset is not None and suffix == root.subset.caption_suffix)
 
 
 def why_no_caption(path: Path, root: Root) -> str:
@@ -112,79 +107,68 @@ def why_no_caption(path: Path, root: Root) -> str:
     return ""
 
 
-def _key(path: Path) -> _Key:
-    return path.parent, same_name(path.stem)
+def _place(relative: str, prefix: str) -> tuple[str, str, str]:
+    """Return the folder inside the root, the name without its extension, and the whole name."""
+    folder, _, name = relative.removeprefix(prefix).rpartition("/")
+    name = same_name(name)
+    return folder, os.path.splitext(name)[0], name
 
 
-def _whole_key(path: Path) -> _Key:
-    return path.parent, same_name(path.name)
-
-
-def _sidecars_by_name(root: Root, files: Iterable[File]) -> defaultdict[_Key, list[Path]]:
-    named: defaultdict[_Key, list[Path]] = defaultdict(list)
-    for path, _ in files:
-        if not why_no_caption(path, root):
-            named[_key(path)].append(path)
+def _order_sidecars(root: Root, named: Mapping[_Key, list[Path]]) -> None:
     order = [root.subset.caption_suffix] if root.subset and root.subset.caption_suffix else CAPTION_SUFFIXES
     for paths in named.values():
-        paths.sort(key=lambda path: (order.index(path.suffix.lower()), path.name != path.name.lower(), path.name))
-    return named
+        if len(paths) > 1:
+            paths.sort(key=lambda path: (order.index(path.suffix.lower()), path.name != path.name.lower(), path.name))
 
 
 @lru_cache(maxsize=1024)
-def _mask_folder(folder: Path, root: Path) -> int | None:
-    """Return which part of the path from the root to a folder is the last that is named like one of masks."""
-    parts = folder.relative_to(root).parts
+def _mask_folder(folder: str) -> int | None:
+    """Return which part of a folder's path inside the root is the last that is named like one of masks."""
+    parts = folder.split("/")
     return next((place for place in reversed(range(len(parts))) if parts[place].lower() in MASK_FOLDERS), None)
 
 
 @lru_cache(maxsize=1024)
-def _near_folders(folder: Path, root: Path) -> tuple[Path, ...]:
-    """Return `folder` with one part of its path below the root left out, in each way, the last part first."""
-    depth = len(folder.relative_to(root).parts)
-    return tuple(_without_part(root, folder, place) for place in reversed(range(depth)))
+def _near_folders(folder: str) -> tuple[str, ...]:
+    """Return the path with one of its parts left out, in each way, the last part first."""
+    depth = len(folder.split("/")) if folder else 0
+    return tuple(_without_part(folder, place) for place in reversed(range(depth)))
 
 
-def _without_part(root: Path, folder: Path, place: int) -> Path:
-    parts = folder.relative_to(root).parts
-    return root.joinpath(*parts[:place], *parts[place + 1 :])
+def _without_part(folder: str, place: int) -> str:
+    parts = folder.split("/")
+    return "/".join(parts[:place] + parts[place + 1 :])
 
 
 class _MaskNames:
     """Masks by the folder and the name of the picture that they belong to."""
 
-    def __init__(self, root: Root, masks: Iterable[File], by_kohya: set[Path]) -> None:
-        self._root = root
+    def __init__(self) -> None:
         self._beside: defaultdict[_Key, list[Path]] = defaultdict(list)
         self._in_folder: defaultdict[_Key, list[Path]] = defaultdict(list)
-        for path, _ in masks:
-            name = same_name(path.stem)
-            labelled = name.lower().endswith(MASK_ENDING)
-            name = name[: -len(MASK_ENDING)] if labelled else name
-            if path in by_kohya:
-                self._beside[root.folder, name].append(path)
-                continue
-            place = _mask_folder(path.parent, root.folder)
-            if place is None:
-                self._beside[path.parent, name].append(path)
-            else:
-                self._in_folder[_without_part(root.folder, path.parent, place), name].append(path)
 
-    def of_picture(self, path: Path) -> tuple[list[Path], list[Path]]:
+    def add(self, path: Path, folder: str, stem: str) -> None:
+        stem = stem[: -len(MASK_ENDING)] if stem.lower().endswith(MASK_ENDING) else stem
+        place = _mask_folder(folder)
+        if place is None:
+            self._beside[folder, stem].append(path)
+        else:
+            self._in_folder[_without_part(folder, place), stem].append(path)
+
+    def of_picture(self, key: _Key) -> tuple[list[Path], list[Path]]:
         """Return the masks that are the picture's for sure, and those in a folder beside its own or one further up."""
-        folder, name = _key(path)
-        sure = self._beside.get((folder, name), []) + self._in_folder.get((folder, name), [])
+        sure = self._beside.get(key, []) + self._in_folder.get(key, [])
         if not self._in_folder:
             return sure, []
-        near = _near_folders(folder, self._root.folder)
-        return sure, [mask for other in near for mask in self._in_folder.get((other, name), []) if mask not in sure]
+        near = [(folder, key[1]) for folder in _near_folders(key[0])]
+        return sure, [mask for other in near for mask in self._in_folder.get(other, []) if mask not in sure]
 
 
-def _disputed(pictures: Sequence[File], found: Sequence[tuple[list[Path], list[Path]]]) -> set[Path]:
-    """Return the masks that are nobody's for sure and could belong to pictures in several folders."""
-    claims: defaultdict[Path, set[Path]] = defaultdict(set)
-    for (path, _), (_, beside) in zip(pictures, found, strict=True):
+def _disputed(pictures: Sequence[_Key], found: Sequence[tuple[list[Path], list[Path]]]) -> set[Path]:
+    """Return the masks that are another picture's for sure, or could belong to pictures in several folders."""
+    claims: defaultdict[Path, set[str]] = defaultdict(set)
+    for (folder, _), (_, beside) in zip(pictures, found, strict=True):
         for mask in beside:
-            claims[mask].add(path.parent)
-    owned = {mask for sure, _ in found for mask in sure}
+            claims[mask].add(folder)
+    owned = {mask for sure, _ in found for mask in sure} if claims else set()
     return {mask for mask, folders in claims.items() if len(folders) > 1 or mask in owned}
