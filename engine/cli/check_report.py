@@ -133,8 +133,10 @@ class _Printer:
         self._grouped("Notes", [(note, item.relative) for item in report.dataset.items for note in item.notes])
         for note in report.dataset.notes:
             self._line(note)
-        for path in report.sheets:
-            self._line(f"Contact sheet: {path}")
+        if report.sheets:
+            first, last = report.sheets[0], report.sheets[-1]
+            more = f" to {last.name}, {len(report.sheets)} files" if last != first else ""
+            self._heading(f"Contact sheet: {first}{more}")
 
     def _text(self, value: object, style: str = "") -> Text:
         from rich.text import Text

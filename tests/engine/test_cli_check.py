@@ -248,9 +248,10 @@ def test_a_terminal_without_unicode_gets_letters_for_marks_and_bars(monkeypatch:
     assert "\\u" not in text
 
 
-def test_nothing_found_is_said_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = printed(report_of(findings=()), monkeypatch)
+def test_nothing_found_is_said_too_and_where_the_sheets_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = printed(report_of(findings=(), sheets=(Path("out/s.png"), Path("out/s-2.png"))), monkeypatch)
     assert "Findings: none" in text
+    assert text.endswith(f"Contact sheet: {Path('out/s.png')} to s-2.png, 2 files\n")
 
 
 def test_the_report_of_a_real_folder_is_printed(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
