@@ -196,7 +196,7 @@ def _download_lines(stream: TextIO) -> Callable[[str, int, int], None]:
 
 
 def _step_line(step: CaptioningStep) -> str:
-    text = f"failed: {step.failed}" if step.failed else step.caption
+    text = f"failed: {step.failed}" if step.failed else f"skipped: {step.skipped}" if step.skipped else step.caption
     shown = text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
     left = f"  ({duration(step.seconds_left)} left)" if step.seconds_left is not None and step.done < step.total else ""
     return f"  [{step.done}/{step.total}] {step.relative}: {shown}{left}"

@@ -27,13 +27,17 @@ _MADE_UP = ("none", "filename", "folder")
 
 @dataclass(frozen=True)
 class CaptioningStep:
-    """One picture finished: `caption` is "" where it `failed`; `seconds_left` None where nothing can be said yet."""
+    """One picture finished: `caption` is "" where it `failed` or somebody else edited it meanwhile (`skipped`).
+
+    `seconds_left` is None where nothing can be said yet.
+    """
 
     done: int
     total: int
     relative: str
     caption: str
     failed: str = ""
+    skipped: str = ""
     seconds_left: float | None = None
 
 
@@ -72,7 +76,8 @@ def caption_pictures(
     everything before is kept.
     """
     by = captioner.spec.name
-    plan = plan_captioning(items, read_overlay(overlay), by, replace_machine=replace_machine)
+    file = _Overlay(overlay)
+    plan = plan_captioning(items, file.edits(), by, replace_machine=replace_machine)
     result = CaptioningResult(skipped=dict(plan.skipped))
     known = dict(plan.known)
     started, made = time.monotonic(), 0
@@ -82,15 +87,41 @@ def caption_pictures(
             break
         made += item.sha256 not in known
         caption, failed = (known[item.sha256], "") if item.sha256 in known else _try_caption(item, captioner)
-        if failed:
+        # Somebody may have edited captions while the model was at work.
+        skipped = _reason_to_skip(item, file.edits().get(item.relative), replace_machine)
+        if skipped:
+            result.skipped[item.relative], caption, failed = skipped, "", ""
+        elif failed:
             result.failed[item.relative] = failed
         else:
-            append_edits(overlay, {item.relative: Edit((caption,), by=by)})
+            file.add(item.relative, Edit((caption,), by=by))
             result.done[item.relative] = known[item.sha256] = caption
         if on_progress is not None:
             seconds = (time.monotonic() - started) / made * (len(plan.wanted) - number) if made else None
-            on_progress(CaptioningStep(number, len(plan.wanted), item.relative, caption, failed, seconds))
+            on_progress(CaptioningStep(number, len(plan.wanted), item.relative, caption, failed, skipped, seconds))
     return result
+
+
+class _Overlay:
+    """The overlay as it is now: read again whenever somebody else has written to it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._edits: dict[str, Edit] = {}
+        self._size = -1
+
+    def edits(self) -> Mapping[str, Edit]:
+        """Return the newest edit of each picture."""
+        size = self._path.stat().st_size if self._path.exists() else 0
+        if size != self._size:
+            self._edits, self._size = read_overlay(self._path), size
+        return self._edits
+
+    def add(self, relative: str, edit: Edit) -> None:
+        """Write one edit through to the disk."""
+        append_edits(self._path, {relative: edit})
+        self._edits[relative] = edit
+        self._size = self._path.stat().st_size
 
 
 def plan_captioning(

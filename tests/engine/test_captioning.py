@@ -273,6 +273,26 @@ def test_captions_can_be_made_anew_but_never_over_an_edit(tmp_path: Path) -> Non
     }
 
 
+def test_what_a_person_edits_while_the_model_is_at_work_stays(tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay.jsonl"
+
+    def on_picture(number: int) -> None:
+        if number == 3:
+            append_edits(
+                overlay, {"02.png": Edit(("mine",)), "04.png": Edit(("mine too",)), "05.png": Edit(exclude=True)}
+            )
+
+    steps: list[CaptioningStep] = []
+    items = make_items(tmp_path / "p", 7)
+    result = caption_pictures(items, Teller(on_picture), overlay, replace_machine=True, on_progress=steps.append)
+    assert [(step.caption, step.skipped) for step in steps[2:6:2]] == [("", OWN_EDIT)] * 2
+    assert result.skipped == {"02.png": OWN_EDIT, "04.png": OWN_EDIT, "05.png": LEFT_OUT}
+    assert set(result.done) == {"00.png", "01.png", "03.png", "06.png"}
+    assert texts(overlay)["02.png"] == ("mine",)
+    assert texts(overlay)["04.png"] == ("mine too",)
+    assert read_overlay(overlay)["05.png"].exclude
+
+
 @given(st.text())
 def test_a_caption_is_one_line_that_a_terminal_can_show(text: str) -> None:
     tidy = tidy_caption(text)
