@@ -98,7 +98,7 @@ def _recoded(captions: Captions) -> Finding | None:
         f"{counted(len(told), 'caption is', 'captions are')} not in UTF-8 and {'was' if len(told) == 1 else 'were'} "
         "read another way.",
         "Other trainers stop at such a file or spoil its letters: quotes, dashes, accents.",
-        "Look whether they read well here; one key keeps them in UTF-8 beside your files.",
+        "Look whether they read well here; in the wizard one key keeps them as UTF-8, beside your files.",
         files=tuple(sorted(told)),
         details=dict(sorted(told.items())),
         action=Action("Keep the texts as they are shown", captions=single) if single else None,
@@ -129,11 +129,11 @@ def _too_long(captions: Captions) -> Finding | None:
     over = captions.over_limit()
     if not over:
         return None
-    limit, label = captions.context.token_limit, captions.context.base_label or "the base"
+    limit, count = captions.context.token_limit, len(over)
     return Finding(
         "captions-too-long",
         "warning",
-        f"{counted(len(over), 'caption is', 'captions are')} longer than the {limit} tokens that {label} reads.",
+        f"{counted(count, 'caption is', 'captions are')} longer than the {limit} tokens that {captions.base} reads.",
         "The rest is cut off and never seen; what it says is learnt as part of the concept.",
         "Shorten them, or put what matters most first.",
         files=tuple(over),

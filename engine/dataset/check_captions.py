@@ -54,6 +54,11 @@ class Captions:
         """The trigger word."""
         return self.context.config.captions.trigger.strip()
 
+    @property
+    def base(self) -> str:
+        """The base's name without its details, for the middle of a sentence."""
+        return self.context.base_label.split(",")[0].strip() or "this base"
+
     @cached_property
     def texts(self) -> tuple[tuple[ImageItem, str], ...]:
         """Every caption that is not empty, with its picture; several for a picture with several."""

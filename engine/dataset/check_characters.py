@@ -100,7 +100,7 @@ _KINDS = (
         repair_encoding,
         "letters spoiled by a wrong encoding, such as Ã© for é",
         "The text encoder reads two strange signs instead of a letter, and does not know the word.",
-        "Let them be repaired, and look at the result.",
+        "Correct them, in the wizard with one key, and look at the result.",
         "Repair the letters",
     ),
     _Stray(
@@ -110,7 +110,7 @@ _KINDS = (
         _without_stray,
         "control or invisible characters",
         "They are not seen on the screen, but split words into pieces for the text encoder.",
-        "Let them be taken out.",
+        "Take them out, in the wizard with one key.",
         "Take the invisible characters out",
     ),
     _Stray(
@@ -120,7 +120,7 @@ _KINDS = (
         _without_html,
         "HTML",
         "The text encoder reads tags such as <b> and codes such as &amp; as words.",
-        "Let it be turned into plain text.",
+        "Write plain text instead, in the wizard with one key.",
         "Turn HTML into plain text",
     ),
     _Stray(
@@ -130,7 +130,7 @@ _KINDS = (
         _without_commands,
         "commands of prompts, such as (word:1.2) or <lora:name:1>",
         "Programs that draw pictures act on them; in training they are read as they stand.",
-        "Let the plain words be kept.",
+        "Keep the plain words alone, in the wizard with one key.",
         "Keep the plain words",
     ),
 )

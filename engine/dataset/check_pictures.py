@@ -12,6 +12,7 @@ from lorasmith.engine.dataset.buckets import BucketPlan, Sample
 from lorasmith.engine.dataset.check_goals import Aim, aim_of
 from lorasmith.engine.dataset.findings import Action, CheckContext, Finding, Severity, counted
 from lorasmith.engine.dataset.items import Dataset, ImageItem, Measures
+from lorasmith.engine.dataset.measures import MEASURED_SIDE
 
 MAX_ENLARGED = 1.5
 """Above this factor most of what is seen was invented by the resampling; design/evidence-users.md item 10."""
@@ -23,7 +24,7 @@ measured (tests/engine)."""
 MIN_JPEG_QUALITY = 40
 """JPEGs below this show blocks and ringing at their own size; a judgement."""
 HIDES_ARTEFACTS = 0.5
-"""Scaled down to this factor, blocks of 8 pixels are 4 pixels and lost in the resampling; a judgement."""
+"""Scaled down to this factor, blocks of 8 pixels and blur are lost in the resampling; a judgement."""
 MIN_BORDER, MAX_BORDER = 0.04, 0.7
 """Bars of a smaller share are hardly seen. A film in 16:9 has bars on 68 % of a frame in 9:16; where more is even, it
 is the plain ground around a box."""
@@ -134,7 +135,11 @@ def _slightly_small(pictures: Pictures) -> Finding | None:
 def _blurred(pictures: Pictures) -> Finding | None:
     marked = _Marked()
     for item, measures in pictures.measured():
-        if measures.sharpness < MIN_SHARPNESS and measures.contrast >= FLAT:
+        sample = pictures.largest.get(item.relative)
+        measured = min(MEASURED_SIDE, max(item.width, item.height))
+        trained = max(sample.bucket.width, sample.bucket.height) if sample is not None else measured
+        visible = trained > HIDES_ARTEFACTS * measured and measures.contrast >= FLAT
+        if visible and measures.sharpness < MIN_SHARPNESS:
             marked.add(item, -measures.sharpness, f"sharpness {measures.sharpness:.2f} of about 1")
     return _finding(
         "blurred",

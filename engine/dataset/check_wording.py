@@ -79,7 +79,7 @@ def _tag_soup(captions: Captions) -> Finding | None:
         "tags-for-prose",
         "warning",
         f"{counted(len(names), 'caption is a list', 'captions are lists')} of tags, but "
-        f"{captions.context.base_label or 'this base'} reads sentences.",
+        f"{captions.base} reads sentences.",
         "Its text encoder was trained on whole sentences; lists of tags tell it less, and prompts are followed worse.",
         "Write sentences (“a woman with red hair stands in a garden”), or let a captioner write them.",
         files=names,
@@ -94,7 +94,7 @@ def _prose(captions: Captions) -> Finding | None:
         "prose-for-tags",
         "note",
         f"{counted(len(names), 'caption is', 'captions are')} made of sentences; "
-        f"{captions.context.base_label or 'this base'} was trained on short phrases and tags.",
+        f"{captions.base} was trained on short phrases and tags.",
         "Its text encoder makes little of long sentences, and they use up its tokens.",
         "Short phrases between commas work best, most important first.",
         files=names,

@@ -116,6 +116,12 @@ def test_a_heavily_compressed_picture_that_is_scaled_down_is_fine() -> None:
     assert "jpeg-artefacts" not in codes([*GOOD, picture("odd.png", measures=bad, width=2048, height=2048)])
 
 
+def test_blur_that_training_at_a_small_size_hides_is_fine() -> None:
+    blurred = with_measures(sharpness=0.3)
+    assert "blurred" in codes(blurred, dataset__resolution=320)
+    assert "blurred" not in codes(blurred, dataset__resolution=256)
+
+
 def test_crops_to_squares_can_be_undone_with_one_key() -> None:
     said = finding("cropped", with_size(1024, 512), dataset__buckets=False)
     assert said.severity == "warning"
