@@ -82,16 +82,10 @@ def auto(
     The captions go to a file of their own (the overlay): nothing is written into FOLDER, and neither a caption of yours
     nor one that you edited is replaced. Ctrl-C keeps what is done; the same command goes on from there.
     """
-    from lorasmith.engine.captioners import read_settings
     from lorasmith.engine.dataset.overlay import default_overlay
 
     named = {"general_threshold": general_threshold, "character_threshold": character_threshold, "prompt": prompt}
-    settings = {key: value for key, value in named.items() if value is not None} | _parse_settings(
-        captioner, sets or []
-    )
-    if blacklist:
-        settings["blacklist"] = [tag.strip() for text in blacklist for tag in text.split(",") if tag.strip()]
-    read_settings(captioner, settings)
+    settings = _settings(captioner, named, blacklist or [], sets or [])
     place = overlay or default_overlay(folder)
     if place.resolve().is_relative_to(folder.resolve()):
         raise ConfigError(f"{place} is inside the dataset, which is only read.", fix="Choose another --overlay.")
@@ -112,6 +106,18 @@ def auto(
 
 
 caption_app.command("list")(list_captioners)
+
+
+def _settings(captioner: str, named: Mapping[str, Any], blacklist: list[str], assignments: list[str]) -> dict[str, Any]:
+    """Return the settings that were given, checked before any picture is read."""
+    from lorasmith.engine.captioners import read_settings
+
+    given = {key: value for key, value in named.items() if value is not None}
+    if blacklist:
+        given["blacklist"] = [tag.strip() for text in blacklist for tag in text.split(",") if tag.strip()]
+    given |= _parse_settings(captioner, assignments)
+    read_settings(captioner, given)
+    return given
 
 
 def _parse_settings(captioner: str, assignments: list[str]) -> dict[str, Any]:
