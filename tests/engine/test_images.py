@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 import zlib
 from io import BytesIO
 from pathlib import Path
@@ -12,10 +13,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 
 from lorasmith.engine.dataset import images
-from lorasmith.engine.dataset.images import open_image, read_picture
+from lorasmith.engine.dataset.images import open_image, read_mask, read_picture
 from lorasmith.engine.errors import DatasetError
 
 # EXIF orientation: what a camera did to the upright picture before it stored the pixels.
@@ -66,6 +67,14 @@ def p3_profile() -> bytes:
     return header.ljust(128, b"\0") + table + data
 
 
+def load_plugins() -> None:
+    """Have Pillow write HEIC and JPEG XL files."""
+    import pillow_heif
+    import pillow_jxl  # noqa: F401 - registers itself
+
+    pillow_heif.register_heif_opener()
+
+
 def reason(path: Path) -> str:
     with pytest.raises(DatasetError) as caught:
         open_image(path)
@@ -91,6 +100,40 @@ def test_all_eight_exif_orientations_give_identical_pixels(tmp_path: Path, orien
     opened = open_image(path)
     assert opened.size == (24, 16)
     assert opened.tobytes() == scene().tobytes()
+
+
+@pytest.mark.parametrize("extension", ["jpg", "avif", "heic", "jxl"])
+@pytest.mark.parametrize("orientation", STORED_AS)
+def test_lossy_pictures_are_turned_upright_as_well(tmp_path: Path, orientation: int, extension: str) -> None:
+    turn = STORED_AS[orientation]
+    stored = scene().resize((96, 64), Image.Resampling.NEAREST)
+    stored = stored if turn is None else stored.transpose(turn)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"photo.{extension}"
+    load_plugins()
+    if extension == "jxl":  # an orientation in a JPEG XL file's EXIF has no say, except in that of a packed JPEG
+        stored.save(tmp_path / "photo.jpg", exif=exif, quality=95)
+        with Image.open(tmp_path / "photo.jpg") as jpeg:
+            jpeg.save(path, lossless_jpeg=True)
+    elif extension == "heic":  # written as phones do: the file's own instructions turn it, and its EXIF repeats them
+        stored = stored.copy()
+        stored.info["exif"] = exif.tobytes()
+        stored.save(path, quality=95)
+    else:
+        stored.save(path, exif=exif, quality=95)
+    opened = open_image(path)
+    assert opened.size == (96, 64)
+    expected = scene().resize((96, 64), Image.Resampling.NEAREST)
+    assert np.abs(np.asarray(opened, dtype=int) - np.asarray(expected, dtype=int)).mean() < 6
+
+
+def test_the_orientation_in_the_exif_data_of_a_jpeg_xl_file_is_ignored(tmp_path: Path) -> None:
+    load_plugins()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    scene().save(tmp_path / "a.jxl", exif=exif.tobytes(), lossless=True)
+    assert open_image(tmp_path / "a.jxl").tobytes() == scene().tobytes()
 
 
 def test_damaged_exif_data_is_ignored_with_a_note(tmp_path: Path) -> None:
@@ -175,12 +218,223 @@ def test_one_channel_and_one_bit_pictures_become_rgb(tmp_path: Path) -> None:
     assert pixel(tmp_path / "one.png") == (255, 255, 255)
 
 
+def deep_rgb_png(values: np.ndarray) -> bytes:
+    """A PNG with 16 bits a channel, which Pillow can only read; `values` (H, W, 3 or 4)."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    height, width, channels = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2 if channels == 3 else 6, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def deep_rgb_tiff(values: np.ndarray) -> bytes:
+    """A TIFF with 16 bits a channel; `values` (H, W, 3)."""
+    height, width, _ = values.shape
+    data = values.astype("<u2").tobytes()
+    tags = [
+        (256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, 134), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 140),
+        (277, 3, 1, 3), (278, 3, 1, height), (279, 4, 1, len(data)), (284, 3, 1, 1),
+    ]  # fmt: skip
+    body = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + b"\0" * 4
+    return b"II*\0\x08\0\0\0" + body + struct.pack("<HHH", 16, 16, 16) + data
+
+
+@pytest.mark.parametrize("name", ["a.png", "alpha.png", "a.tiff"])
+def test_sixteen_bits_of_color_are_read_as_eight_with_a_note(tmp_path: Path, name: str) -> None:
+    values = np.array([[[0, 0x4080, 0xFFFF], [0x8000, 0xC0C0, 0x1234]]], np.uint16)
+    if name == "alpha.png":
+        values = np.concatenate([values, np.full((1, 2, 1), 0xFFFF, np.uint16)], axis=2)
+    (tmp_path / name).write_bytes(deep_rgb_tiff(values) if name == "a.tiff" else deep_rgb_png(values))
+    picture = read_picture(tmp_path / name)
+    difference = np.asarray(picture.image, dtype=float) - values[..., :3] / 257
+    assert np.abs(difference).max() <= 1
+    assert picture.notes == ("more than 8 bits a channel: reduced to 8",)
+
+
+def test_a_heic_picture_of_ten_bits_is_read_as_eight_with_a_note(tmp_path: Path) -> None:
+    import pillow_heif
+
+    deep = np.full((64, 64, 3), 40_000, np.uint16)
+    pillow_heif.from_bytes("RGB;16", (64, 64), deep.tobytes()).save(tmp_path / "a.heic", quality=90)
+    picture = read_picture(tmp_path / "a.heic")
+    assert np.abs(np.asarray(picture.image, dtype=int) - 40_000 // 257).max() <= 3
+    assert "8 bits" in " ".join(picture.notes)
+
+
 def test_cmyk_is_used_with_a_note(tmp_path: Path) -> None:
-    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "c.jpg")
-    red, green, blue = pixel(tmp_path / "c.jpg")
-    assert red > 240
-    assert max(green, blue) < 15
-    assert "CMYK" in " ".join(read_picture(tmp_path / "c.jpg").notes)
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "adobe.jpg", quality=95)
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "c.tiff")
+    # Adobe's programs store CMYK inverted and add a marker of theirs; without it browsers and Pillow assume the same.
+    data = (tmp_path / "adobe.jpg").read_bytes()
+    at = data.index(b"\xff\xee")
+    (tmp_path / "plain.jpg").write_bytes(data[:at] + data[at + 2 + struct.unpack_from(">H", data, at + 2)[0] :])
+    for name in ("adobe.jpg", "c.tiff", "plain.jpg"):
+        red, green, blue = pixel(tmp_path / name)
+        assert red > 240, name
+        assert max(green, blue) < 15, name
+        assert "CMYK" in " ".join(read_picture(tmp_path / name).notes)
+
+
+def test_lab_pictures_become_rgb(tmp_path: Path) -> None:
+    colors = Image.new("RGB", (3, 1))
+    wanted = [(200, 30, 40), (20, 180, 90), (128, 128, 128)]
+    colors.putdata(wanted)
+    profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    lab = ImageCms.profileToProfile(colors, *profiles, outputMode="LAB")
+    assert lab is not None
+    lab.info.pop("icc_profile", None)
+    lab.save(tmp_path / "plain.tiff")
+    opened = np.asarray(open_image(tmp_path / "plain.tiff"), dtype=int)
+    assert np.abs(opened[0] - np.array(wanted)).max() <= 6
+
+
+def test_palettes_keep_their_colors(tmp_path: Path) -> None:
+    palette = Image.new("P", (3, 1))
+    palette.putpalette([255, 0, 0, 0, 255, 0, 9, 8, 7])
+    palette.putdata([0, 1, 2])
+    for name in ("p.png", "p.gif", "p.bmp", "p.tiff"):
+        palette.save(tmp_path / name)
+        assert np.asarray(open_image(tmp_path / name))[0].tolist() == [[255, 0, 0], [0, 255, 0], [9, 8, 7]], name
+    palette.save(tmp_path / "soft.png", transparency=bytes([0, 128, 255]))
+    assert np.asarray(open_image(tmp_path / "soft.png"))[0].tolist() == [[255, 255, 255], [127, 255, 127], [9, 8, 7]]
+
+
+FORMATS = {
+    "a.png": "PNG", "a.jpg": "JPEG", "a.webp": "WEBP", "a.bmp": "BMP", "a.tiff": "TIFF", "a.gif": "GIF",
+    "a.avif": "AVIF", "a.jp2": "JPEG2000", "a.qoi": "QOI", "a.ppm": "PPM", "a.heic": "HEIF", "a.jxl": "JXL",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_its_pixels_and_its_name(tmp_path: Path, name: str) -> None:
+    load_plugins()
+    colors = scene().resize((96, 64), Image.Resampling.BILINEAR)
+    colors.save(tmp_path / name)
+    picture = read_picture(tmp_path / name)
+    assert picture.format == FORMATS[name]
+    assert picture.notes == ()
+    assert picture.full_size == (96, 64)
+    assert (picture.jpeg_tables is not None) == (name == "a.jpg")
+    difference = np.abs(np.asarray(picture.image, dtype=int) - np.asarray(colors, dtype=int))
+    assert difference.mean() < 9
+
+
+@pytest.mark.parametrize(("name", "package"), [("a.heic", "pillow-heif"), ("a.jxl", "pillow-jxl-plugin")])
+def test_a_missing_plugin_is_named_with_the_line_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str
+) -> None:
+    load_plugins()
+    scene().save(tmp_path / name)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setitem(sys.modules, "pillow_jxl", None)
+    images._load_plugin.cache_clear()
+    try:
+        assert reason(tmp_path / name).endswith(f"need one more package: pip install {package}")
+    finally:
+        images._load_plugin.cache_clear()
+
+
+def test_the_checkerboard_is_another_one_for_each_file_and_the_same_each_time(tmp_path: Path) -> None:
+    boards = []
+    for number in range(8):
+        Image.new("RGBA", (64, 48), (number, 0, 0, 0)).save(tmp_path / f"{number}.png")
+        board = open_image(tmp_path / f"{number}.png", "checker")
+        assert board.tobytes() == open_image(tmp_path / f"{number}.png", "checker").tobytes()
+        colors = board.getcolors()
+        assert colors is not None
+        assert len(colors) == 2
+        assert min(count for count, _ in colors) > 0.2 * 64 * 48
+        boards.append(board.tobytes())
+    assert len(set(boards)) == 8
+
+
+def test_transparency_is_told_apart_from_the_pixels(tmp_path: Path) -> None:
+    picture = Image.new("RGBA", (4, 2), (9, 8, 7, 255))
+    picture.putpixel((3, 0), (255, 0, 0, 100))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "a.png", exif=exif)
+    read = read_picture(tmp_path / "a.png")
+    assert read.alpha is not None
+    assert read.alpha.size == read.image.size == (2, 4)
+    assert np.asarray(read.alpha).tolist() == [[255, 255], [255, 255], [255, 255], [255, 100]]
+    assert read_picture(tmp_path / "a.png", "black").notes == read.notes
+    picture.convert("RGB").save(tmp_path / "b.png")
+    assert read_picture(tmp_path / "b.png").alpha is None
+
+
+@pytest.mark.parametrize("name", ["a.png", "alpha.png", "a.jpg", "turned.jpg", "p3.png", "deep.png", "p.gif"])
+def test_reduced_pictures_say_the_same_of_the_file(tmp_path: Path, name: str) -> None:
+    picture = scene().resize((401, 300))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {"turned.jpg": {"exif": exif}, "p3.png": {"icc_profile": p3_profile()}}.get(name, {})
+    if name == "alpha.png":
+        picture.putalpha(Image.linear_gradient("L").resize((401, 300)))
+    elif name == "deep.png":
+        picture = Image.fromarray(np.full((300, 401), 30_000, np.uint16))
+    picture.save(tmp_path / name, **options)
+    whole, reduced = read_picture(tmp_path / name), read_picture(tmp_path / name, longest=100)
+    assert reduced.full_size == whole.full_size == whole.image.size
+    assert max(reduced.image.size) == 101
+    assert (reduced.notes, reduced.sha256, reduced.transparent) == (whole.notes, whole.sha256, whole.transparent)
+    expected = np.asarray(whole.image.resize(reduced.image.size, Image.Resampling.BOX), dtype=int)
+    assert np.abs(np.asarray(reduced.image, dtype=int) - expected).mean() < 4
+
+
+def test_one_transparent_pixel_counts_in_a_reduced_picture(tmp_path: Path) -> None:
+    picture = Image.new("RGBA", (400, 400), (9, 8, 7, 255))
+    picture.putpixel((3, 3), (9, 8, 7, 254))
+    picture.save(tmp_path / "a.png")
+    assert read_picture(tmp_path / "a.png", longest=50).transparent
+
+
+def test_a_huge_jpeg_is_read_at_half_its_size_with_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene().resize((320, 200)).save(tmp_path / "a.jpg")
+    monkeypatch.setattr(images, "HALF_SIZE_PIXELS", 320 * 200 - 1)
+    picture = read_picture(tmp_path / "a.jpg")
+    assert picture.image.size == picture.full_size == (160, 100)
+    assert "half its size" in " ".join(picture.notes)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 30_000), (30_000, 1)])
+def test_absurd_sizes_are_read_as_they_are(tmp_path: Path, size: tuple[int, int]) -> None:
+    Image.new("RGB", size, "teal").save(tmp_path / "a.png")
+    assert open_image(tmp_path / "a.png").size == size
+    assert read_picture(tmp_path / "a.png", longest=512).full_size == size
+
+
+def test_long_texts_in_a_picture_do_no_harm(tmp_path: Path) -> None:
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("workflow", "x" * 5_000_000)
+    texts.add_itxt("prompt", "ü" * 1_000_000)
+    scene().save(tmp_path / "a.png", pnginfo=texts)
+    assert open_image(tmp_path / "a.png").tobytes() == scene().tobytes()
+
+
+def test_a_mask_is_gray_and_upright_and_what_is_transparent_is_not_learnt(tmp_path: Path) -> None:
+    mask = Image.new("L", (4, 2), 255)
+    mask.putpixel((0, 0), 0)
+    mask.putpixel((1, 0), 100)
+    for name in ("l.png", "rgb.png"):
+        (mask if name == "l.png" else mask.convert("RGB")).save(tmp_path / name)
+        assert np.asarray(read_mask(tmp_path / name)).tolist() == [[0, 100, 255, 255], [255] * 4]
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    mask.save(tmp_path / "turned.png", exif=exif)
+    assert np.asarray(read_mask(tmp_path / "turned.png")).tolist() == [[255] * 4, [255, 255, 100, 0]]
+    holes = Image.new("RGBA", (2, 1), "white")
+    holes.putpixel((0, 0), (255, 255, 255, 0))
+    holes.save(tmp_path / "holes.png")
+    assert np.asarray(read_mask(tmp_path / "holes.png")).tolist() == [[0, 255]]
+    mask.convert("1").save(tmp_path / "bits.png")
+    assert np.asarray(read_mask(tmp_path / "bits.png"))[1].tolist() == [255] * 4
+    (tmp_path / "bad.png").write_bytes(b"no mask")
+    with pytest.raises(DatasetError):
+        read_mask(tmp_path / "bad.png")
 
 
 @pytest.mark.parametrize("extension", ["gif", "png", "webp", "tiff"])
@@ -273,8 +527,9 @@ def test_whatever_a_decoder_raises_becomes_a_reason(
 
 @pytest.fixture(scope="module")
 def encoded() -> dict[str, bytes]:
+    load_plugins()
     files = {}
-    for kind in ("png", "jpeg", "gif", "webp", "tiff", "bmp", "avif", "jpeg2000"):
+    for kind in ("png", "jpeg", "gif", "webp", "tiff", "bmp", "avif", "jpeg2000", "heif", "jxl", "qoi", "ppm"):
         buffer = BytesIO()
         scene().save(buffer, kind)
         files[kind] = buffer.getvalue()
