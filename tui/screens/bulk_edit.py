@@ -60,6 +60,7 @@ class BulkEdit(ToolScreen):
         self._first = first
         self._problem = ""
         self._previewed = 0
+        self._fresh = False
 
     def compose_body(self) -> ComposeResult:
         """Operation, its fields, the pictures, the preview."""
@@ -136,7 +137,7 @@ class BulkEdit(ToolScreen):
     def request_preview(self) -> None:
         """Make the preview anew when typing rests."""
         self._previewed += 1
-        self.changes = []
+        self._fresh = False
         self.query_one("#apply", Button).disabled = True
         self.run_worker(self._preview(self._previewed), exclusive=True, group="preview")
 
@@ -167,7 +168,7 @@ class BulkEdit(ToolScreen):
         return preview_changes(_within(self.work.state.current(), scope), edit)
 
     def _show_preview(self, changes: Sequence[Change], problem: str, waiting: str = "") -> None:
-        self.changes, self._problem = list(changes), problem
+        self.changes, self._problem, self._fresh = list(changes), problem, True
         shown = self.query_one("#bulk-problem", Status)
         shown.display = bool(problem)
         shown.say(f"✗ {problem}" if problem else "")
@@ -196,6 +197,9 @@ class BulkEdit(ToolScreen):
 
     def action_apply(self) -> None:
         """Make the change that is listed, as one step."""
+        if not self._fresh:
+            self.hint("The list is being made anew; look at it, then apply.")
+            return
         if not self.changes:
             self.hint(self._problem or "There is nothing to change yet.")
             return

@@ -11,6 +11,9 @@ from textual.widgets import TextArea
 
 from lorasmith.tui.text import masked
 
+_PRINTABLE = {"slash", "question_mark"}
+"""Keys of ours that print a character."""
+
 
 class CaptionArea(TextArea):
     """Wraps, does not blink, never hands a control character to the terminal, and knows whether it was edited."""
@@ -57,6 +60,10 @@ class CaptionArea(TextArea):
         """Begin a new line."""
         if not self.read_only:
             self.replace("\n", *self.selection, maintain_selection_offset=False)
+
+    def check_consume_key(self, key: str, character: str | None = None) -> bool:
+        """Take printable keys; the footer asks by name for those that it knows no character of."""
+        return super().check_consume_key(key, character) or (not self.read_only and key in _PRINTABLE)
 
     async def _on_key(self, event: events.Key) -> None:
         # At once and here: through the app's bindings, Enter would come after letters that were typed behind it, and
