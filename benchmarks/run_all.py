@@ -22,6 +22,8 @@ HERE = Path(__file__).parent
 BENCHMARKS: dict[str, tuple[str, ...]] = {
     "engine_overhead": (),
     "caching": (),
+    "checking": (),
+    "scanning": (),
     "gpu_sd15": (),
     "startup": (),
     "key_latency": (),
