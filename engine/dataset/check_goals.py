@@ -11,7 +11,8 @@ class Aim:
 
     `few` is the smallest number that the guides name for it, `usual` their range, `many` more than one LoRA of the
     usual size takes in. `blurs`, `uniform` and `shared` end sentences about what blur, sameness and a tag in every
-    caption do.
+    caption do. Sources: guide [A], "Train an Image LoRA Locally (2026): Kohya, SDXL & FLUX"; guide [B], "How to Train a
+    Custom LoRA for Flux and SDXL with Kohya SS, AI-Toolkit, and fal.ai in 2026".
     """
 
     what: str
@@ -25,8 +26,8 @@ class Aim:
 
 _CHARACTER = Aim(
     "a character",
-    few=10,  # "Train an Image LoRA Locally (2026)": "a character LoRA can train on as few as 10 good images"
-    usual=(15, 30),  # "LoRA for Image Generation" guide: "Characters need 15-30 varied poses and lighting"
+    few=10,  # [A] "a character LoRA can train on as few as 10 good images"
+    usual=(15, 30),  # [B] "Characters need 15-30 varied poses and lighting"
     many=200,  # a judgement
     blurs="the character comes out soft, faces first",
     uniform="the pose, the light or the background that all share is drawn whenever the trigger is",
@@ -34,8 +35,8 @@ _CHARACTER = Aim(
 )
 _STYLE = Aim(
     "a style",
-    few=15,  # seeds 001: "a style LoRA usually wants 15-30 to capture range"
-    usual=(30, 50),  # seeds 002: "styles need 30-50 mood-consistent images"
+    few=15,  # [A] "a style LoRA usually wants 15-30 to capture range"
+    usual=(30, 50),  # [B] "styles need 30-50 mood-consistent images"
     many=1000,  # a judgement
     blurs="blur becomes part of the style",
     uniform="what all show is learnt as if it were the style, and is drawn with it",
@@ -43,8 +44,8 @@ _STYLE = Aim(
 )
 _OBJECT = Aim(
     "an object",
-    few=10,  # a judgement; seeds 001 name 15-25 for products
-    usual=(15, 25),  # seeds 001: "15-25 clean shots of the product", from several angles
+    few=10,  # a judgement; [A] names 15-25 for products
+    usual=(15, 25),  # [A] "15-25 clean shots of the product", from several angles
     many=200,  # a judgement
     blurs="the object comes out without its fine parts and lettering",
     uniform="the angle and the background that all share are drawn whenever the trigger is",
@@ -62,7 +63,7 @@ _CONCEPT = Aim(
 _ANY = Aim(
     "a LoRA",
     few=10,  # the smallest of the above
-    usual=(15, 50),  # seeds 002: "15-50 high-quality images of your subject or style"
+    usual=(15, 50),  # [B] "15-50 high-quality images of your subject or style"
     many=1000,  # the largest of the above
     blurs="what is learnt comes out soft",
     uniform="what all share is learnt as part of the concept",

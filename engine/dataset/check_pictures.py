@@ -15,7 +15,7 @@ from lorasmith.engine.dataset.items import Dataset, ImageItem, Measures
 from lorasmith.engine.dataset.measures import MEASURED_SIDE
 
 MAX_ENLARGED = 1.5
-"""Above this factor most of what is seen was invented by the resampling; design/evidence-users.md item 10."""
+"""Above this factor most of what is seen was invented by the resampling; a judgement."""
 ENLARGED = 1.01
 """Below this factor the enlargement is a rounding to the bucket's size."""
 MIN_SHARPNESS = 0.4

@@ -23,6 +23,8 @@ TAG_WORDS, TAGS = 3, 4
 """Tags are short and many: at least four of usually no more than three words each; a judgement."""
 PROSE_WORDS = 8
 """Sentences have about this many words from comma to comma and more; a judgement."""
+LONG_WORDS = 20
+"""Prose of fewer words is a phrase, such as “a woman sitting on a bench”, that every base reads; a judgement."""
 # fmt: off
 _CLASS_WORDS = frozenset((
     "1girl", "1boy", "1woman", "1man", "2girls", "2boys", "solo", "girl", "boy", "woman", "man", "person", "people",
@@ -65,6 +67,11 @@ def is_prose(text: str) -> bool:
     return bool(parts) and mean(parts) >= PROSE_WORDS
 
 
+def is_long_prose(text: str) -> bool:
+    """Say whether a caption is made of sentences and longer than a phrase."""
+    return len(text.split()) >= LONG_WORDS and is_prose(text)
+
+
 def _written_as(texts: Sequence[tuple[ImageItem, str]], kind: Callable[[str], bool]) -> tuple[str, ...]:
     """Return the pictures whose captions are of a kind, where most are; nothing where not."""
     names = tuple(dict.fromkeys(item.relative for item, text in texts if kind(text)))
@@ -87,7 +94,7 @@ def _tag_soup(captions: Captions) -> Finding | None:
 
 
 def _prose(captions: Captions) -> Finding | None:
-    names = _written_as(captions.own, is_prose) if captions.context.caption_style == "tags" else ()
+    names = _written_as(captions.own, is_long_prose) if captions.context.caption_style == "tags" else ()
     if not names:
         return None
     return Finding(

@@ -60,6 +60,7 @@ CASES: list[tuple[str, list[ImageItem], list[ImageItem], dict[str, Any], dict[st
     ("no-trigger", pictures(3), [], {}, {"captions__trigger": ""}),
     ("tags-for-prose", numbered(TAGS), numbered(SENTENCE), PROSE_BASE, {}),
     ("prose-for-tags", numbered(SENTENCE), numbered(TAGS), TAG_BASE, {}),
+    ("prose-for-tags", numbered(SENTENCE), numbered("a woman sitting on a bench in front of house "), TAG_BASE, {}),
     ("shuffled-prose", numbered(SENTENCE), numbered(TAGS), {}, {"captions__shuffle": True}),
     ("shuffled-prose", numbered(SENTENCE), numbered(TAGS), {}, {"captions__tag_dropout": 0.1}),
     ("captions-identical", captioned(*["a cat"] * 6, "b", "c", "d"), captioned(*["a cat"] * 4, *"bcdef"), {}, {}),
