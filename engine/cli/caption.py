@@ -54,7 +54,7 @@ def auto(
     captioner: Annotated[str, typer.Option("--with", metavar="NAME", help="See lorasmith caption list.")],
     model: Annotated[str, typer.Option(help="A folder or Hub id of another model than the captioner's own.")] = "",
     overlay: Annotated[
-        Path | None, typer.Option(help="File for the captions; without it NAME.captions.jsonl in this folder.")
+        Path | None, typer.Option(help="File for the captions; without it NAME.captions.jsonl in the current folder.")
     ] = None,
     general_threshold: Annotated[float | None, typer.Option(help="Least probability of a tag (taggers).")] = None,
     character_threshold: Annotated[float | None, typer.Option(help="The same for character names.")] = None,
