@@ -193,6 +193,16 @@ def test_a_scan_follows_the_file(tmp_path: Path) -> None:
     assert any("shuffle_caption" in note for note in dataset.notes)
 
 
+def test_a_folder_with_no_repeats_is_refused_and_not_forgotten(tmp_path: Path) -> None:
+    picture(tmp_path / "cat/a.png", caption="x")
+    picture(tmp_path / "off/b.png", caption="x")
+    text = f"{SUBSET}image_dir = 'cat'\n[[datasets.subsets]]\nimage_dir = 'off'\nnum_repeats = 0"
+    assert reasons(scan(write(tmp_path / "cats.toml", text))) == {
+        "off/b.png": "num_repeats = 0",
+        "off/b.txt": "caption of a picture that is refused",
+    }
+
+
 def test_any_caption_extension_can_be_named(tmp_path: Path) -> None:
     picture(tmp_path / "cat/a.png", caption="not this")
     (tmp_path / "cat/a.wd14").write_text("but this")

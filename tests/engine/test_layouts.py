@@ -303,6 +303,15 @@ def test_a_dataset_without_a_usable_picture_is_named(tmp_path: Path) -> None:
     assert "dataset.more_folders[0]" in caught.value.fix
 
 
+def test_an_empty_dataset_is_not_told_with_the_reasons_of_another(tmp_path: Path) -> None:
+    (tmp_path / "main").mkdir()
+    picture(tmp_path / "other/a.png", caption="x")
+    (tmp_path / "other/note.md").write_text("x")
+    with pytest.raises(DatasetError, match="main is empty") as caught:
+        scan(tmp_path / "main", more_folders=[str(tmp_path / "other")])
+    assert "note.md" not in str(caught.value)
+
+
 # ---- archives
 
 
@@ -389,8 +398,16 @@ def test_leaving_out_every_picture_is_an_error(tmp_path: Path) -> None:
     picture(tmp_path / "a.png", caption="x")
     overlay = tmp_path / "edits.jsonl"
     append_edits(overlay, {"a.png": Edit(exclude=True)})
-    with pytest.raises(DatasetError, match="left out by you"):
+    with pytest.raises(DatasetError, match="left out by you") as caught:
         scan(tmp_path, overlay=str(overlay))
+    assert caught.value.fix == "Take some of the pictures in again."
+
+
+def test_edits_that_do_not_exist_are_noted(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", caption="x")
+    assert scan(tmp_path, overlay="gone.jsonl").notes == (
+        "dataset.overlay: gone.jsonl does not exist, so nothing is edited",
+    )
 
 
 # ---- captions made of names
