@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine import memory, storage
-from lorasmith.engine.dataset.buckets import BucketPlan, BucketRow, plan_buckets
+from lorasmith.engine.dataset.buckets import MAX_ENLARGEMENT, BucketPlan, BucketRow, plan_buckets
 from lorasmith.engine.dataset.cache_size import forecast_cache, max_prompts, numbers_of_prompt
 from lorasmith.engine.dataset.epochs import Epochs
 from lorasmith.engine.families import families
@@ -47,6 +47,8 @@ class Plan:
     epochs: float | None
     views_per_picture: float | None
     buckets: tuple[BucketRow, ...]
+    enlarged: int
+    """Pictures that are enlarged more than 1.5 times."""
     left_out_resolutions: int
     """Pictures times resolutions that are left out because they would enlarge too much."""
     num_latents: int | None
@@ -157,6 +159,7 @@ def build_plan(
         gradient_accumulation=config.train.gradient_accumulation,
         **_epochs(config, dataset, buckets),
         buckets=buckets.rows(config.train.batch_size) if buckets else (),
+        enlarged=len(buckets.enlarged()) if buckets else 0,
         left_out_resolutions=len(buckets.left_out) if buckets else 0,
         **_cache_sizes(config, buckets, identity),
         cache_free_bytes=storage.free_bytes(storage.cache_folder()),
@@ -261,6 +264,12 @@ def _warnings(config: RunConfig, plan: Plan) -> list[str]:
         found.append(f"{plan.steps} steps are less than one epoch: not every picture is seen.")
     if plan.views_per_picture is not None and plan.views_per_picture > _MANY_VIEWS:
         found.append(f"Each picture is seen about {plan.views_per_picture:.0f} times: expect the LoRA to overfit.")
+    if plan.enlarged:
+        were = "picture is" if plan.enlarged == 1 else "pictures are"
+        found.append(
+            f"{plan.enlarged} {were} enlarged more than {MAX_ENLARGEMENT:g} times, which teaches their blur: "
+            "use larger ones, or lower dataset.resolution."
+        )
     thin = [row for row in plan.buckets if row.uses % plan.batch_size and row.uses < plan.batch_size]
     if thin:
         sizes = ", ".join(row.size for row in thin)

@@ -14,9 +14,10 @@ import torch
 from lorasmith.engine.adapters import Adapter
 from lorasmith.engine.checkpoints import Checkpoint
 from lorasmith.engine.compute import Compute, package_versions
-from lorasmith.engine.config import RunConfig
+from lorasmith.engine.config import CaptionSettings, RunConfig
 from lorasmith.engine.controls import Host, RunPaths
 from lorasmith.engine.dataset.buckets import BucketPlan, plan_buckets
+from lorasmith.engine.dataset.captions import full_prompt
 from lorasmith.engine.dataset.items import Dataset
 from lorasmith.engine.dataset.loader import Loader
 from lorasmith.engine.dataset.scan import require_captions, scan_dataset
@@ -108,13 +109,16 @@ def read_dataset(config: RunConfig, pixel_multiple: int, emit: Callable[[Event],
             steps_per_epoch=plan.steps_per_epoch(config.train.batch_size, config.train.gradient_accumulation),
         )
     )
-    return Material(dataset, plan, preview_prompts(config, first_caption(dataset)))
+    return Material(dataset, plan, preview_prompts(config, first_caption(dataset, config.captions)))
 
 
-def first_caption(dataset: Dataset) -> str:
-    """Return the caption of the first picture that has one, or an empty text; regularization comes last."""
+def first_caption(dataset: Dataset, settings: CaptionSettings) -> str:
+    """Return the prompt of the first picture that has a caption, without the trigger; regularization comes last.
+
+    An empty text where no picture has one. Nothing is drawn or dropped in it.
+    """
     items = sorted(dataset.items, key=lambda item: (item.regularization, item.relative))
-    return next((item.caption for item in items if item.caption), "")
+    return next((full_prompt(item.caption, settings, regularization=True) for item in items if item.caption), "")
 
 
 def build_training(

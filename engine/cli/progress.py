@@ -110,7 +110,8 @@ class RunPrinter:
             case events.StageChanged():
                 return f"· {event.label}"
             case events.Progress():
-                return f"  {event.label}: {event.done} of {event.total}"
+                left = f", {duration(event.seconds_left)} left" if event.seconds_left else ""
+                return f"  {event.label}: {event.done} of {event.total}{left}"
             case events.DatasetReady():
                 buckets = ", ".join(f"{name}: {count}" for name, count in event.buckets.items())
                 return (

@@ -10,7 +10,6 @@ sticks out; the uses of a picture take its parts in turn, over the ends of epoch
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -166,42 +165,45 @@ def plan_buckets(
     `seed` and the pictures' content.
     """
     sizes = {
-        resolution: bucket_sizes(settings.model_copy(update={"resolution": resolution}), pixel_multiple)
+        resolution: _with_aspects(bucket_sizes(settings.model_copy(update={"resolution": resolution}), pixel_multiple))
         for resolution in sorted({settings.resolution, *settings.more_resolutions})
     }
     samples: list[Sample] = []
     views: list[View] = []
     left_out: list[tuple[ImageItem, int]] = []
     for item in sorted(items, key=lambda item: (item.regularization, item.relative)):
-        chosen = {resolution: _nearest(item.width / item.height, buckets) for resolution, buckets in sizes.items()}
+        chosen = {resolution: _nearest(item, buckets) for resolution, buckets in sizes.items()}
         fitting = [r for r, bucket in chosen.items() if _scale(item, bucket) <= MAX_ENLARGEMENT] or [min(chosen)]
         left_out += [(item, resolution) for resolution in chosen if resolution not in fitting]
         for bucket in dict.fromkeys(chosen[resolution] for resolution in fitting):
             for flipped in (False, True) if settings.flip else (False,):
-                view = _view(item, bucket, flipped, settings.crop == "random", seed)
-                numbered = [dataclasses.replace(s, index=len(samples) + k) for k, s in enumerate(view.samples)]
-                samples += numbered
-                views.append(dataclasses.replace(view, samples=tuple(numbered)))
+                view = _view(Sample(item, bucket, len(samples), flipped), settings.crop == "random", seed)
+                samples += view.samples
+                views.append(view)
     return BucketPlan(tuple(samples), tuple(views), tuple(left_out))
 
 
-def _view(item: ImageItem, bucket: Bucket, flipped: bool, random_crops: bool, seed: int) -> View:
+def _view(first: Sample, random_crops: bool, seed: int) -> View:
+    """Return the view that begins with `first`, of which picture, bucket, index and mirroring count."""
+    item, bucket = first.item, first.bucket
     scale = _scale(item, bucket)
-    over_x, over_y = item.width * scale - bucket.width, item.height * scale - bucket.height
-    loss = max(0.0, 1.0 - bucket.width * bucket.height / ((item.width * scale) * (item.height * scale)))
-    place = (bucket.width, bucket.height, int(flipped))
+    width, height = item.width * scale, item.height * scale
+    loss = max(0.0, 1.0 - bucket.width * bucket.height / (width * height))
+    place = (bucket.width, bucket.height, int(first.flipped))
+    # Only along one side does a picture stick out.
+    num = min(MAX_CROPS, 1 + int(max(width - bucket.width, height - bucket.height) / CROP_PIXELS))
     offsets = [CENTER]
-    if random_crops:
+    if random_crops and num > 1:
         rng = python_rng(seed, f"crop {item.sha256}", *place)
-        num = min(MAX_CROPS, 1 + int(max(over_x, over_y) / CROP_PIXELS))
-        # One draw in each of `num` equal slices, in drawn order: spread over all that sticks out. A crop sticks out on
-        # one side only, the draws of the other are without effect.
-        offsets = [((k + rng.random()) / num,) * 2 for k in range(num)] if num > 1 else [CENTER]
+        # One draw in each of `num` equal slices, in drawn order: spread over all that sticks out.
+        offsets = [(share, share) for share in ((k + rng.random()) / num for k in range(num))]
         rng.shuffle(offsets)
     repeats = max(1.0, item.repeats)  # the scan gives no less; every picture is in every epoch
     phase = python_rng(seed, f"repeats {item.sha256}", *place).random() if repeats % 1 else 0.0
-    samples = tuple(Sample(item, bucket, 0, flipped, scale, loss, offset) for offset in offsets)
-    return View(samples, repeats, phase)
+    samples = [
+        Sample(item, bucket, first.index + k, first.flipped, scale, loss, offset) for k, offset in enumerate(offsets)
+    ]
+    return View(tuple(samples), repeats, phase)
 
 
 def _scale(item: ImageItem, bucket: Bucket) -> float:
@@ -254,9 +256,16 @@ def fit_mask(mask: Image.Image, picture: tuple[int, int], sample: Sample) -> Ima
     return ImageOps.mirror(fitted) if sample.flipped else fitted
 
 
-def _nearest(aspect: float, buckets: Sequence[Bucket]) -> Bucket:
-    def distance(bucket: Bucket) -> tuple[float, int, int]:
-        # Ratios are compared as logarithms, so that 1:2 and 2:1 are equally far from 1:1; then the larger area wins.
-        return abs(math.log(bucket.width / bucket.height / aspect)), -bucket.width * bucket.height, bucket.width
+def _nearest(item: ImageItem, buckets: Sequence[tuple[float, Bucket]]) -> Bucket:
+    aspect = math.log(item.width / item.height)
 
-    return min(buckets, key=distance)
+    def distance(entry: tuple[float, Bucket]) -> tuple[float, int, int]:
+        bucket = entry[1]
+        # Ratios are compared as logarithms, so that 1:2 and 2:1 are equally far from 1:1; then the larger area wins.
+        return abs(entry[0] - aspect), -bucket.width * bucket.height, bucket.width
+
+    return min(buckets, key=distance)[1]
+
+
+def _with_aspects(buckets: Sequence[Bucket]) -> list[tuple[float, Bucket]]:
+    return [(math.log(bucket.width / bucket.height), bucket) for bucket in buckets]

@@ -180,6 +180,7 @@ def _joined(prefix: str, caption: str, suffix: str, trigger: str, regularization
     return compose(f"{prefix} {caption} {suffix}", trigger, regularization)
 
 
+@lru_cache(maxsize=4096)
 def _without_trigger(caption: str, trigger: str) -> str:
     text = _tidy(caption)
     while True:

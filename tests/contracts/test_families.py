@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from lorasmith.engine.dataset.cache_size import numbers_of_prompt
 from lorasmith.engine.errors import BaseModelError, ExportError
 from lorasmith.engine.families import DrawSettings, Family, FamilyModule, PictureRequest, families, identify_base
 from lorasmith.engine.sources import BaseFiles
@@ -60,6 +61,15 @@ def _generator(seed: int) -> torch.Generator:
 def _requests(family: Family, *seeds: int) -> list[PictureRequest]:
     positive, negative = family.encode_prompts(["a red circle", ""])
     return [PictureRequest(positive, negative, seed) for seed in seeds]
+
+
+def test_the_sizes_in_the_spec_are_those_of_what_is_encoded(family: Family) -> None:
+    spec, (latents,) = family.spec, family.encode_images(_pixels(1))
+    side = TINY_SIDE // spec.latent_downscale
+    assert latents.shape == (spec.latent_channels, side, side)
+    (conditioning,) = family.encode_prompts(["a red circle"])
+    numbers = sum(tensor.numel() for tensor in conditioning.values())
+    assert numbers_of_prompt(spec, family.identity) == numbers
 
 
 SETTINGS = DrawSettings(steps=3, guidance=3.0, height=TINY_SIDE, width=TINY_SIDE)

@@ -415,6 +415,19 @@ def test_progress_prints_a_step_line_now_and_then_and_always_the_last() -> None:
     assert lines[-1].startswith("  step 100/100 (100%)  loss 0.5000  lr 1.00e-04  0.250 s/step")
 
 
+def test_progress_of_a_stage_says_how_long_it_still_takes() -> None:
+    stream, now = io.StringIO(), [0.0]
+    printer = RunPrinter(stream, clock=lambda: now[0])
+    for done, left in ((0, None), (40, 90.0), (80, 0.0)):
+        now[0] += 10
+        printer.show(events.Progress(stage="cache", label="Encoding pictures", done=done, total=80, seconds_left=left))
+    assert stream.getvalue().splitlines() == [
+        "  Encoding pictures: 0 of 80",
+        "  Encoding pictures: 40 of 80, 1 min 30 s left",
+        "  Encoding pictures: 80 of 80",
+    ]
+
+
 def test_on_a_terminal_a_bar_replaces_the_step_lines() -> None:
     stream = Terminal()
     with RunPrinter(stream) as printer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 
 from lorasmith.engine import plan as plan_module
+from lorasmith.engine.dataset import cache_size
+from lorasmith.engine.dataset.buckets import plan_buckets
 from lorasmith.engine.dataset.items import Dataset
 from lorasmith.engine.dataset.scan import scan_dataset
 from lorasmith.engine.families import BaseIdentity, identify_base
@@ -60,13 +63,74 @@ def test_steps_epochs_and_buckets_follow_from_the_pictures(tmp_path: Path) -> No
 
 
 def test_the_batches_are_those_that_the_loader_makes(tmp_path: Path) -> None:
-    from lorasmith.engine.dataset.buckets import plan_buckets
     from lorasmith.engine.dataset.epochs import epoch_batches
 
     settings, dataset = pictures(tmp_path)
     layers = resolved(tmp_path, dataset=settings, train={"batch_size": 5})
     buckets = plan_buckets(dataset.items, layers.config.dataset)
     assert build_plan(layers, None, dataset).batches_per_epoch == len(epoch_batches(buckets, 5, seed=1, epoch=0))
+
+
+def test_fractional_repeats_mirrors_and_resolutions_are_counted(tmp_path: Path) -> None:
+    settings, dataset = pictures(tmp_path)
+    settings |= {"flip": True, "resolution": 128, "more_resolutions": [64], "repeats": 1}
+    items = tuple(dataclasses.replace(item, repeats=1.5) for item in dataset.items)
+    plan = build_plan(resolved(tmp_path, dataset=settings), None, dataclasses.replace(dataset, items=items))
+    # 4 squares are left out of 128, which would double them; the wide one (128x32) is enlarged 1.6 times by it.
+    assert {row.size: row.pictures for row in plan.buckets} == {"64x64": 4, "128x32": 1}
+    assert plan.left_out_resolutions == 5
+    assert plan.uses_per_epoch is not None
+    assert 10 < plan.uses_per_epoch < 20
+    assert plan.num_latents == 10
+    assert "5 left out of a resolution that would enlarge them too much" in dict(plan.rows())["buckets"]
+
+
+def test_pictures_that_are_enlarged_much_are_a_warning(tmp_path: Path) -> None:
+    settings, dataset = pictures(tmp_path)
+    plan = build_plan(resolved(tmp_path, dataset=settings | {"resolution": 128}), None, dataset)
+    assert plan.enlarged == 5
+    assert any("5 pictures are enlarged more than 1.5 times" in warning for warning in plan.warnings)
+    assert not build_plan(resolved(tmp_path, dataset=settings), None, dataset).enlarged
+
+
+def test_random_crops_are_planned_with_the_seed_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, dataset = pictures(tmp_path)
+    seeds = []
+
+    def spy(*arguments: Any) -> Any:
+        seeds.append(arguments[3])
+        return plan_buckets(*arguments)
+
+    monkeypatch.setattr(plan_module, "plan_buckets", spy)
+    build_plan(resolved(tmp_path, dataset=settings, run={"seed": 9}), None, dataset)
+    assert seeds == [9]
+
+
+def test_captions_that_are_too_many_to_encode_ahead_are_said_to_come_as_they_come(
+    tmp_path: Path, tiny_sd15: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, dataset = pictures(tmp_path)
+    files, identity = located(tiny_sd15)
+
+    def cache_row(**captions: Any) -> str:
+        layers = resolved(tmp_path, dataset=settings, captions={"trigger": "zqx", **captions})
+        return dict(build_plan(layers, identity, dataset, files).rows())["cache"]
+
+    assert "5 encoded pictures, 5 captions" in cache_row()
+    many = cache_row(shuffle=True, keep_tokens=0, prefix="{a|b}", wildcards=True)
+    assert "captions;" in many
+    monkeypatch.setattr(cache_size, "MAX_PROMPT_BYTES", 10_000)
+    assert "captions encoded as they come" in cache_row()
+
+
+def test_a_cache_larger_than_its_disk_is_a_warning(
+    tmp_path: Path, tiny_sd15: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, dataset = pictures(tmp_path)
+    files, identity = located(tiny_sd15)
+    monkeypatch.setattr(plan_module.storage, "free_bytes", lambda path: 1000)
+    plan = build_plan(resolved(tmp_path, dataset=settings), identity, dataset, files)
+    assert any("disk of the cache" in warning for warning in plan.warnings)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from lorasmith.engine import checkpoints, compute, run_setup, storage, trainer
 from lorasmith.engine.adapters import attach_adapter
@@ -100,7 +101,11 @@ def device_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_step_never_waits_for_the_device(tiny_sd15: Path, tmp_path: Path, device_reads: list[str]) -> None:
-    learner = tiny_learner(tiny_config(tiny_sd15, tmp_path, train={"gradient_accumulation": 2}))
+    config = tiny_config(tiny_sd15, tmp_path, train={"gradient_accumulation": 2}, dataset={"crop": "random"})
+    for number in range(5):
+        Image.linear_gradient("L").resize((64, 64)).save(tmp_path / "pictures" / f"{number:02}-masklabel.png")
+    learner = tiny_learner(config)
+    assert learner.loader.batch(2).pixel_weights is not None
     learner.run_step(0)
     device_reads.clear()
     loss, norm = learner.run_step(1)
@@ -109,14 +114,22 @@ def test_a_step_never_waits_for_the_device(tiny_sd15: Path, tmp_path: Path, devi
 
 
 def test_accumulating_two_pictures_gives_the_gradient_of_a_batch_of_two(tiny_sd15: Path, tmp_path: Path) -> None:
-    learner = tiny_learner(tiny_config(tiny_sd15, tmp_path, dataset={"buckets": False}))
-    batch = learner.loader.batch(0)
+    config = tiny_config(tiny_sd15, tmp_path, dataset={"buckets": False})
+    for number in range(3):
+        Image.linear_gradient("L").resize((64, 64)).save(tmp_path / "pictures" / f"{number:02}-masklabel.png")
+    learner = tiny_learner(config)
+    batch = next(batch for batch in map(learner.loader.batch, range(9)) if batch.pixel_weights is not None)
+    assert batch.pixel_weights is not None
     learner.batch_loss(batch, step=3, first=0).backward()
     together = [p.grad.clone() for p in learner.adapter.parameters() if p.grad is not None]
     learner.optimizer.zero_grad()
     for i in range(2):
         part = Batch(
-            batch.latents[i : i + 1], batch.captions[i : i + 1], batch.indices[i : i + 1], batch.weights[i : i + 1]
+            batch.latents[i : i + 1],
+            batch.captions[i : i + 1],
+            batch.indices[i : i + 1],
+            batch.weights[i : i + 1],
+            batch.pixel_weights[i : i + 1],
         )
         (learner.batch_loss(part, step=3, first=i) / 2).backward()
     parts = [p.grad for p in learner.adapter.parameters() if p.grad is not None]
@@ -401,6 +414,14 @@ def test_v_prediction_with_zero_terminal_snr_trains(tiny_sd15_v: Path, tmp_path:
     learner = tiny_learner(config)
     assert learner.objective.velocity
     assert all(math.isfinite(float(learner.run_step(step)[0])) for step in range(3))
+
+
+def test_previews_without_prompts_show_a_caption_as_it_is_trained(tiny_sd15: Path, tmp_path: Path) -> None:
+    captions = {"prefix": "photo of", "wildcards": True, "lines": "choose"}
+    config = tiny_config(tiny_sd15, tmp_path, captions=captions)
+    (tmp_path / "pictures" / "00.txt").write_text("zqx {cat|kitten}\na dog")
+    material = run_setup.read_dataset(config, 8, RecordingHost().emit)
+    assert material.prompts == ["zqx, photo of kitten", "photo of kitten"]
 
 
 def test_the_prediction_can_be_set_by_hand(tiny_sd15: Path, tmp_path: Path) -> None:

@@ -119,12 +119,13 @@ async def test_a_training_run_is_told_in_full_at_every_size(tmp_path: Path, size
 
 
 async def test_before_training_the_stage_its_progress_and_the_elapsed_time_are_shown() -> None:
-    source = HandFedSession(*begun(), events.Progress(stage="cache", label="Encoding pictures", done=4, total=16))
+    progress = events.Progress(stage="cache", label="Encoding pictures", done=4, total=16, seconds_left=95.0)
+    source = HandFedSession(*begun(), progress)
     async with monitor(source) as pilot:
         shown = text(pilot)
         assert "Encoding pictures 4/16" in shown
         assert "25 %" in shown
-        assert "so far" in shown
+        assert "so far   ETA 1:35" in shown
         assert "16 pictures (16 of 64x64), 1 refused" in shown
         assert "The loss appears here" in shown
 

@@ -80,7 +80,8 @@ def _stage_progress(state: RunState, now: float, width: int, marks: GlyphSet) ->
     if progress is None or not progress.total:
         return [(label, "")], [(f"{elapsed} so far", "dim")]
     words = f"{progress.label or label} {progress.done}/{progress.total} "
-    return _with_bar(words, progress.done / progress.total, f"{elapsed} so far", width, marks)
+    left = f"   ETA {duration(progress.seconds_left)}" if progress.seconds_left else ""
+    return _with_bar(words, progress.done / progress.total, f"{elapsed} so far{left}", width, marks)
 
 
 def _with_bar(words: str, fraction: float, right: str, width: int, marks: GlyphSet) -> tuple[list[Part], list[Part]]:
