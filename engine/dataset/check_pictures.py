@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import median
 
 from lorasmith.engine.dataset.buckets import BucketPlan, Sample
 from lorasmith.engine.dataset.check_goals import Aim, aim_of
-from lorasmith.engine.dataset.findings import Action, CheckContext, Finding, Severity, counted
+from lorasmith.engine.dataset.findings import Action, CheckContext, Finding, counted
 from lorasmith.engine.dataset.items import Dataset, ImageItem, Measures
 from lorasmith.engine.dataset.measures import MEASURED_SIDE
 
@@ -83,8 +83,10 @@ class _Marked:
     def names(self) -> tuple[str, ...]:
         return tuple(name for _, name, _ in sorted(self.found))
 
-    def details(self) -> dict[str, str]:
-        return {name: detail for _, name, detail in sorted(self.found)}
+    def told(self, finding: Finding) -> Finding | None:
+        """Return the finding with the pictures, worst first; None where there are none."""
+        details = {name: detail for _, name, detail in sorted(self.found)}
+        return replace(finding, files=tuple(details), details=details) if details else None
 
 
 def check_pictures(dataset: Dataset, plan: BucketPlan, context: CheckContext) -> list[Finding]:
@@ -107,28 +109,30 @@ def _too_small(pictures: Pictures) -> Finding | None:
     marked = _enlarged(pictures, MAX_ENLARGED, math.inf)
     count = len(marked.found)
     side = pictures.context.config.dataset.resolution
-    return _finding(
-        "too-small",
-        "warning",
-        f"{counted(count, 'picture is', 'pictures are')} enlarged more than {MAX_ENLARGED} times to be trained at "
-        f"{side} pixels.",
-        f"Enlarged pictures are soft, and {pictures.aim.blurs}.",
-        "Use larger originals, leave them out, or train at a lower dataset.resolution.",
-        marked,
-        _leave_out(pictures, marked.names()),
+    return marked.told(
+        Finding(
+            "too-small",
+            "warning",
+            f"{counted(count, 'picture is', 'pictures are')} enlarged more than {MAX_ENLARGED} times to be trained at "
+            f"{side} pixels.",
+            f"Enlarged pictures are soft, and {pictures.aim.blurs}.",
+            "Use larger originals, leave them out, or train at a lower dataset.resolution.",
+            action=_leave_out(pictures, marked.names()),
+        )
     )
 
 
 def _slightly_small(pictures: Pictures) -> Finding | None:
     marked = _enlarged(pictures, ENLARGED, MAX_ENLARGED)
-    return _finding(
-        "enlarged",
-        "note",
-        f"{counted(len(marked.found), 'picture is', 'pictures are')} a little smaller than the training size and "
-        "enlarged to it.",
-        f"Up to {MAX_ENLARGED} times this costs some sharpness and nothing else.",
-        "Use larger originals if you have them.",
-        marked,
+    return marked.told(
+        Finding(
+            "enlarged",
+            "note",
+            f"{counted(len(marked.found), 'picture is', 'pictures are')} a little smaller than the training size and "
+            "enlarged to it.",
+            f"Up to {MAX_ENLARGED} times this costs some sharpness and nothing else.",
+            "Use larger originals if you have them.",
+        )
     )
 
 
@@ -141,14 +145,15 @@ def _blurred(pictures: Pictures) -> Finding | None:
         visible = trained > HIDES_ARTEFACTS * measured and measures.contrast >= FLAT
         if visible and measures.sharpness < MIN_SHARPNESS:
             marked.add(item, -measures.sharpness, f"sharpness {measures.sharpness:.2f} of about 1")
-    return _finding(
-        "blurred",
-        "warning",
-        f"{counted(len(marked.found), 'picture looks', 'pictures look')} blurred.",
-        f"Blur is learnt like everything else: {pictures.aim.blurs}.",
-        "Look at them; leave out what is not meant to be soft.",
-        marked,
-        _leave_out(pictures, marked.names()),
+    return marked.told(
+        Finding(
+            "blurred",
+            "warning",
+            f"{counted(len(marked.found), 'picture looks', 'pictures look')} blurred.",
+            f"Blur is learnt like everything else: {pictures.aim.blurs}.",
+            "Look at them; leave out what is not meant to be soft.",
+            action=_leave_out(pictures, marked.names()),
+        )
     )
 
 
@@ -159,15 +164,15 @@ def _compressed(pictures: Pictures) -> Finding | None:
         visible = sample is None or sample.scale > HIDES_ARTEFACTS
         if quality is not None and quality < MIN_JPEG_QUALITY and visible:
             marked.add(item, -quality, f"JPEG quality {quality} of 100")
-    return _finding(
-        "jpeg-artefacts",
-        "warning",
-        f"{counted(len(marked.found), 'picture is a heavily compressed JPEG', 'pictures are heavily compressed JPEGs')}"
-        ".",
-        "Blocks and rings around edges are easy to learn and turn up in every picture that the LoRA draws.",
-        "Find the originals; saving these files again does not bring anything back.",
-        marked,
-        _leave_out(pictures, marked.names()),
+    return marked.told(
+        Finding(
+            "jpeg-artefacts",
+            "warning",
+            f"{counted(len(marked.found), 'JPEG is', 'JPEGs are')} heavily compressed.",
+            "Blocks and rings around edges are easy to learn and turn up in every picture that the LoRA draws.",
+            "Find the originals; saving these files again does not bring anything back.",
+            action=_leave_out(pictures, marked.names()),
+        )
     )
 
 
@@ -176,13 +181,14 @@ def _framed(pictures: Pictures) -> Finding | None:
     for item, measures in pictures.measured():
         if MIN_BORDER < measures.border <= MAX_BORDER:
             marked.add(item, measures.border, f"bars on {measures.border:.0%} of the picture")
-    return _finding(
-        "letterbox",
-        "warning",
-        f"{counted(len(marked.found), 'picture has', 'pictures have')} even bars at opposite edges.",
-        "Bars are the easiest thing to learn: the LoRA draws them too.",
-        "Crop the bars away.",
-        marked,
+    return marked.told(
+        Finding(
+            "letterbox",
+            "warning",
+            f"{counted(len(marked.found), 'picture has', 'pictures have')} even bars at opposite edges.",
+            "Bars are the easiest thing to learn: the LoRA draws them too.",
+            "Crop the bars away.",
+        )
     )
 
 
@@ -199,16 +205,17 @@ def _cropped(pictures: Pictures) -> Finding | None:
     much = sum(-badness > MUCH_CROPPED for badness, _, _ in marked.found)
     count = much or len(marked.found)
     share = MUCH_CROPPED if much else CROPPED
-    return _finding(
-        "cropped",
-        "warning" if much else "note",
-        f"{counted(count, 'picture loses', 'pictures lose')} more than {share:.0%} to cropping (at most {worst:.0%}).",
-        "What is cut off is not learnt, but the caption still speaks of it; heads and feet are the first to go.",
-        "Turn dataset.buckets on, or crop the pictures yourself to what matters."
-        if action
-        else "Crop the pictures yourself to what matters, at most four times as long as wide.",
-        marked,
-        action,
+    return marked.told(
+        Finding(
+            "cropped",
+            "warning" if much else "note",
+            f"{counted(count, 'picture loses', 'pictures lose')} over {share:.0%} to cropping (at most {worst:.0%}).",
+            "What is cut off is not learnt, but the caption still speaks of it; heads and feet are the first to go.",
+            "Turn dataset.buckets on, or crop the pictures yourself to what matters."
+            if action
+            else "Crop the pictures yourself to what matters, at most four times as long as wide.",
+            action=action,
+        )
     )
 
 
@@ -222,13 +229,14 @@ def _odd_shapes(pictures: Pictures) -> Finding | None:
             marked.add(item, away, f"{item.width}x{item.height} pixels")
     if len(marked.found) > ODD_SHARE * len(pictures.learnt):
         return None
-    return _finding(
-        "aspect-outliers",
-        "note",
-        f"{counted(len(marked.found), 'picture has', 'pictures have')} quite another shape than the rest.",
-        "Few pictures of a shape make small batches, and the LoRA hardly learns to draw in that shape.",
-        "Crop them to the shape of the others, or add more of theirs.",
-        marked,
+    return marked.told(
+        Finding(
+            "aspect-outliers",
+            "note",
+            f"{counted(len(marked.found), 'picture has', 'pictures have')} quite another shape than the rest.",
+            "Few pictures of a shape make small batches, and the LoRA hardly learns to draw in that shape.",
+            "Crop them to the shape of the others, or add more of theirs.",
+        )
     )
 
 
@@ -243,7 +251,7 @@ def _light(
                 marked.add(item, value(measures), detail)
         title = f"{counted(len(marked.found), 'picture is', 'pictures are')} {words}."
         fix = "Look at them; correct the exposure or leave them out, unless that is what you want to teach."
-        return _finding(code, "note", title, why, fix, marked)
+        return marked.told(Finding(code, "note", title, why, fix))
 
     return check
 
@@ -290,11 +298,3 @@ def _leave_out(pictures: Pictures, names: tuple[str, ...]) -> Action | None:
     if not names or stays < max(1, MIN_LEFT * len(pictures.learnt)):
         return None
     return Action(f"Leave {counted(len(names), 'picture', 'pictures')} out", exclude=names)
-
-
-def _finding(
-    code: str, severity: Severity, title: str, why: str, fix: str, marked: _Marked, action: Action | None = None
-) -> Finding | None:
-    if not marked.found:
-        return None
-    return Finding(code, severity, title, why, fix, files=marked.names(), details=marked.details(), action=action)
