@@ -182,7 +182,7 @@ class Hanging:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Wrap each line to what its indentation leaves."""
         for line in self._text.split("\n", allow_blank=True):
-            start = re.match(r"\s*([✓✗!•] )?", line.plain)
+            start = re.match(r"\s*([✓✗!•·] )?", line.plain)
             indent = start.end() if start else 0
             head, rest = line.divide([indent])
             for number, part in enumerate(rest.wrap(console, max(8, options.max_width - indent)) or [Text()]):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from lorasmith.engine.errors import ConfigError, DatasetError, LorasmithError
+from lorasmith.engine.errors import DatasetError, LorasmithError
 from lorasmith.tui.draft import Draft, Problem
+from lorasmith.tui.draft_settings import DraftSettings
 from lorasmith.tui.findings import FoundBase, FoundDataset, Look, Probes, goal_of, recommend
 
 if TYPE_CHECKING:
@@ -17,11 +17,6 @@ if TYPE_CHECKING:
     from lorasmith.engine.config import DatasetSettings, RunConfig
     from lorasmith.engine.run_file import ResolvedConfig
     from lorasmith.tui.checks import Checked
-
-_UNSCANNED = {"resolution", "more_resolutions", "buckets", "bucket_step", "crop", "flip", "missing_captions"}
-"""Settings of the dataset that change nothing about what a scan finds."""
-_UNCHECKED: dict[str, Any] = {"run": {"name"}, "checkpoints": True, "previews": True, "export": True}
-"""Parts of the configuration that no check depends on."""
 
 
 class Known:
@@ -33,6 +28,7 @@ class Known:
         self._get_draft = draft
         self._told = told
         self._advice: tuple[tuple[object, ...], list[Advice]] = ((), [])
+        self._settings = DraftSettings(draft, self.advice)
         self._scan_again = False
 
     @property
@@ -85,7 +81,7 @@ class Known:
             return None
         if again:
             self.looks.pop("dataset", None)
-        return self.look("dataset", self._dataset_key(), partial(self.probes.dataset, settings))
+        return self.look("dataset", self._settings.scan_key(), partial(self.probes.dataset, settings))
 
     def look_again(self) -> None:
         """Scan the dataset as it is now, after an edit; only when the scan that is under way is over."""
@@ -118,35 +114,13 @@ class Known:
 
     def _checks_key(self) -> tuple[Any, ...]:
         scan, words = self.looks.get("dataset"), self.current("words")
-        config = self.check_config().model_dump_json(exclude=_UNCHECKED)
-        known = words is not None and bool(words.value)
-        folder = self.dataset_settings().folder
-        return (
-            folder,
-            scan.started if scan else 0.0,
-            config,
-            self._base_key(),
-            self.base is not None,
-            known,
-            self._goal(),
-        )
+        folder, settings = self.dataset_settings().folder, self._settings.check_text()
+        base = (self._base_key(), self.base is not None, words is not None and bool(words.value), self._goal())
+        return folder, scan.started if scan else 0.0, settings, *base
 
     def check_config(self) -> RunConfig:
         """Return the configuration as it stands, also while settings contradict each other."""
-        from lorasmith.engine.config import RunConfig
-
-        try:
-            return self.draft.resolve(self.advice()).config
-        except ConfigError:
-            merged = self.draft.merged(self.advice())
-            sections = {}
-            for name, info in RunConfig.model_fields.items():
-                kind = info.annotation
-                if name != "version" and kind is not None:
-                    values = {key: merged[f"{name}.{key}"][0] for key in kind.model_fields}
-                    sections[name] = kind.model_validate(values)
-            # A copy is not validated: each section holds, only their combination does not.
-            return RunConfig().model_copy(update=sections)
+        return self._settings.config()
 
     def look_at_words(self) -> Look | None:
         """Load the base's tokenizers; None while the base is not known."""
@@ -159,28 +133,18 @@ class Known:
         return self.look("plan", key, partial(self.probes.plan, resolved, self.base, self.dataset))
 
     def _base_key(self) -> tuple[str, str, str]:
-        merged = self.draft.merged()
-        return tuple(str(merged[f"base.{name}"][0]).strip() for name in ("model", "revision", "family"))  # type: ignore[return-value]
-
-    def _dataset_key(self) -> tuple[object, ...]:
-        settings = self.dataset_settings()
-        return settings.folder, settings.model_dump_json(exclude=_UNSCANNED), _stamp(settings.overlay)
+        return self._settings.base()
 
     def dataset_settings(self) -> DatasetSettings:
         """Return the dataset's settings as they stand."""
-        from lorasmith.engine.config import DatasetSettings
-
-        merged = self.draft.merged(self.advice())
-        return DatasetSettings.model_validate(
-            {name: merged[f"dataset.{name}"][0] for name in DatasetSettings.model_fields}
-        )
+        return self._settings.dataset()
 
     def current(self, name: str) -> Look | None:
         """Return the look that answers the draft as it is now, done or not."""
         look = self.looks.get(name)
         keys: Mapping[str, Callable[[], tuple[Any, ...]]] = {
             "base_model": self._base_key,
-            "dataset": self._dataset_key,
+            "dataset": self._settings.scan_key,
             "words": self._base_key,
             "checks": self._checks_key,
         }
@@ -238,7 +202,13 @@ class Known:
                 found[key] = look.error
         found |= self._caption_failure()
         checked = self.checked
-        errors = checked.errors() if checked is not None else []
+        # A question about captions is asked already by the setting that answers it.
+        asked = "dataset.missing_captions"
+        errors = [
+            error
+            for error in (checked.errors() if checked is not None else [])
+            if not (asked in found and error.action is not None and asked in error.action.settings)
+        ]
         if errors and "dataset.folder" not in found:
             found["dataset.folder"] = DatasetError(
                 " ".join(error.title for error in errors), fix="The dataset page shows them with what to do."
@@ -261,14 +231,3 @@ class Known:
     def problems(self) -> list[Problem]:
         """Return everything that keeps the run from starting."""
         return self.draft.problems(self.advice(), self.failures())
-
-
-def _stamp(path: str) -> tuple[int, int]:
-    """Return what changes whenever the file is written; zeros where there is none."""
-    if not path.strip():
-        return 0, 0
-    try:
-        facts = os.stat(os.path.expanduser(path))
-    except OSError:
-        return 0, 0
-    return facts.st_mtime_ns, facts.st_size

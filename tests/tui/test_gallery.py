@@ -18,7 +18,7 @@ from lorasmith.tui.glyphs import ASCII
 from lorasmith.tui.thumbnails import Wish
 from lorasmith.tui.widgets import picture as picture_module
 from lorasmith.tui.widgets.gallery import Gallery
-from lorasmith.tui.widgets.tiles import TEXT_ROWS, Tile, lay_out, plan_tiles
+from lorasmith.tui.widgets.tiles import TEXT_ROWS, Tile, lay_out, plan_for, plan_tiles
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +63,14 @@ def test_tiles_fit_the_space(width: int, height: int, wanted: int) -> None:
     assert grid.columns * (grid.width + 1) - 1 <= width
     assert grid.rows == 1 or grid.rows * (grid.height + TEXT_ROWS) <= height
     assert min(grid.columns, grid.rows, grid.width, grid.height) >= 1
+
+
+def test_few_pictures_are_shown_large_and_many_small() -> None:
+    many, few, pair = (plan_for(groups, 72, 26, 1) for groups in ((500,), (2,), (2, 2)))
+    assert many == plan_tiles(72, 26, 18)
+    assert few.width > many.width
+    assert pair.columns >= 2
+    assert pair.rows >= 2
 
 
 @given(st.lists(st.integers(1, 30), max_size=20), st.integers(1, 9))

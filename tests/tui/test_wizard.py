@@ -55,7 +55,7 @@ async def test_enter_before_the_checks_are_done_starts_when_they_are(
     gate = __import__("threading").Event()
 
     def slow_base(model: str, revision: str, family: str, tell: Any) -> Any:
-        gate.wait(10)
+        gate.wait(60)
         from tests.tui.conftest import a_base
 
         return a_base(model, revision, family, tell)

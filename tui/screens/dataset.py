@@ -264,7 +264,8 @@ class DatasetPage(WizardPage):
         else:
             findings.say(say.findings_text(checked.findings))
         details.say(say.details_text(dataset, checked) if checked is not None else say.refusals_text(dataset))
-        self.hint("Enter: go on · f findings · g gallery · c captions (Tab leaves a text field)")
+        tab = "tab, then " if isinstance(self.focused, SafeInput) else ""
+        self.hint(f"Enter: go on · {tab}f findings · g gallery · c captions")
 
     def _show_fields(self) -> None:
         draft, advice = self.wizard.draft, self.wizard.known.advice()

@@ -13,7 +13,7 @@ from textual.widgets import Button, Footer, OptionList, Static
 
 from lorasmith.tui.actions import Place, bindings
 from lorasmith.tui.checks import MARKS, severity_counts
-from lorasmith.tui.forms import Status
+from lorasmith.tui.forms import Hanging, Status
 from lorasmith.tui.screens.dataset_sheet import DatasetSheet, tiles_of
 from lorasmith.tui.text import safe_str, safe_text
 from lorasmith.tui.widgets.gallery import Gallery
@@ -91,7 +91,7 @@ class FindingsScreen(DatasetSheet):
         self._shown = findings
         with self.prevent(OptionList.OptionHighlighted):
             listed.clear_options()
-            listed.add_options([title_line(finding) for finding in findings])
+            listed.add_options([Hanging(title_line(finding)) for finding in findings])
             same = [n for n, finding in enumerate(findings) if before is not None and finding.code == before.code]
             listed.highlighted = None if not findings else same[0] if same else min(place, len(findings) - 1)
 
@@ -100,8 +100,9 @@ class FindingsScreen(DatasetSheet):
         button = self.query_one("#apply", Button)
         action = finding.action if finding is not None else None
         button.disabled = action is None
-        button.label = f"{safe_str(action.label)} (a)" if action is not None else "Do it (a)"
-        self.query_one("#why", Status).say(about_text(finding))
+        button.label = safe_text(f"{action.label} (a)" if action is not None else "Do it (a)")
+        button.refresh(layout=True)
+        self.query_one("#why", Status).say(about_text(finding, titled=self.has_class("-wide")))
         gallery = self.query_one("#concerned", Gallery)
         tiles, groups = self._tiles(finding)
         gallery.display = bool(tiles)
@@ -145,9 +146,9 @@ class FindingsScreen(DatasetSheet):
         """Return what the keys do for the highlighted finding."""
         finding = self.finding
         if finding is None:
-            return "Nothing to report. esc: back to the page"
-        act = f"a: {finding.action.label} · " if finding.action is not None else ""
-        return f"{act}left right: its pictures · x: leave one out · e: edit its caption"
+            return "Nothing to report · esc back to the page"
+        act = "a do it · " if finding.action is not None else ""
+        return f"{act}left right its pictures · x leave one out · e its caption"
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Show the action's key only where the finding has one."""
@@ -197,18 +198,19 @@ class FindingsScreen(DatasetSheet):
 def title_line(finding: Finding) -> Text:
     """Return a finding's line in the list: mark, severity, title."""
     text = Text()
-    text.append(f"{MARKS[finding.severity]} {finding.severity}  ", "bold")
+    text.append(f"{MARKS[finding.severity]} {finding.severity}: ", "bold")
     text.append(safe_str(finding.title))
     return text
 
 
-def about_text(finding: Finding | None) -> Text:
-    """Return why a finding matters and what to do."""
+def about_text(finding: Finding | None, *, titled: bool = True) -> Text:
+    """Return why a finding matters and what to do, below its title."""
     text = Text()
     if finding is None:
         text.append("✓ The pictures and captions were checked, and there is nothing to report.")
         return text
-    text.append(f"{MARKS[finding.severity]} {safe_str(finding.title)}\n", "bold")
+    if titled:
+        text.append(f"{MARKS[finding.severity]} {safe_str(finding.title)}\n", "bold")
     for words in (finding.why, finding.fix):
         if words:
             text.append(f"{safe_str(words)}\n")

@@ -101,11 +101,11 @@ class GalleryScreen(DatasetSheet):
     def _show_title(self, found: FoundDataset, count: int) -> None:
         grid = self.query_one("#grid", Gallery)
         total = len(found.dataset.items)
-        which = f"{total:,} pictures" if count == total else f"{count:,} of {total:,} pictures"
         if self.listing:
             words = f"Not used: {len(found.dataset.refused):,} of {found.dataset.found:,} files"
         else:
-            words = f"Gallery: {which}" + (f" · {grid.index + 1:,} selected" if count else "")
+            which = f"picture {grid.index + 1:,} of {count:,}" if count else "no picture"
+            words = f"Gallery: {which}" + (f" found among {total:,}" if self._filter.strip() else "")
         self.query_one("#sheet-title", Static).update(safe_text(f"lorasmith · Dataset · {words}"))
 
     def _fill_unused(self, found: FoundDataset) -> None:
@@ -136,8 +136,8 @@ class GalleryScreen(DatasetSheet):
     def usual_hint(self) -> str:
         """Return what the keys do."""
         if self.listing:
-            return "x: use a picture again that you left out · t: back to the pictures"
-        return "arrows: move · + -: size · /: filter · x: leave out · e: edit the caption · t: files not used"
+            return "x use a picture again that you left out · t back to the pictures"
+        return "arrows move · + - size · / filter · x leave out · e caption · t files not used"
 
     # Keys
 

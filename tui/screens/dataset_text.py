@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lorasmith.tui.findings import FoundDataset
 
 MAX_REFUSALS = 200
+MAX_NOTES = 4
 MAX_ENLARGED = 1.5
 """Enlargement above which a picture teaches its blur; the row is marked."""
 
@@ -40,8 +41,12 @@ def dataset_text(found: FoundDataset) -> Text:
         text.append(f" · {left_out} picture{'s' if left_out > 1 else ''} left out here")
     text.append("\n")
     notes = Counter(note for item in dataset.items for note in item.notes)
-    for note, count in notes.most_common(5):
+    for words in dataset.notes[:MAX_NOTES]:
+        text.append(f"  {safe_str(words)}\n", "dim")
+    for note, count in notes.most_common(MAX_NOTES):
         text.append(f"  {count}× {safe_str(note)}\n", "dim")
+    if len(notes) + len(dataset.notes) > 2 * MAX_NOTES:
+        text.append("  … more with `lorasmith check`\n", "dim")
     text.rstrip()
     return text
 
@@ -112,8 +117,8 @@ def missing_text(missing: Sequence[ImageItem]) -> Text:
     return Text(
         safe_str(
             f"! {len(missing)} without a caption: {names}\n"
-            "ask: stop the start · trigger: the word alone · filename: the file's name · "
-            "folder: the name in 10_name · exclude: leave them out",
+            "ask: not decided · trigger: the word alone · filename, folder: the name of the file, or that in 10_name · "
+            "exclude: leave them out",
             lines=True,
         )
     )

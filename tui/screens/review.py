@@ -61,11 +61,17 @@ class ReviewPage(WizardPage):
         """Look at what was skipped, and show everything."""
         self.wizard.known.look_at_base()
         self.wizard.known.look_at_dataset()
+        self.wizard.known.look_at_checks()
         super().on_mount()
         self.query_one("#problems" if self._shown else "#next").focus(scroll_visible=False)
 
     def _pending(self) -> list[str]:
-        names = {"base_model": "the base model", "dataset": "the pictures", "start": "the start"}
+        names = {
+            "base_model": "the base model",
+            "dataset": "the pictures",
+            "checks": "pictures and captions",
+            "start": "the start",
+        }
         found = [(words, self.wizard.known.current(name)) for name, words in names.items()]
         return [f"{words}: {look.progress()}" for words, look in found if look is not None and not look.done]
 
@@ -118,7 +124,12 @@ class ReviewPage(WizardPage):
     def _show_problems(self, problems: list[Problem]) -> None:
         listed = self.query_one("#problems", OptionList)
         listed.display = bool(problems)
-        self.query_one("#next", Button).disabled = bool(problems)
+        start = self.query_one("#next", Button)
+        led = start.has_focus or listed.has_focus
+        start.disabled = bool(problems)
+        if led and listed.has_focus != bool(problems):
+            # Enter leads to the first problem, or starts: never to where a vanished focus happens to fall.
+            (listed if problems else start).focus(scroll_visible=False)
         if problems == self._shown:
             return
         self._shown = problems

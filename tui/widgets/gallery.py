@@ -21,7 +21,7 @@ from lorasmith.tui.thumbnails import Thumbnails, Wish
 from lorasmith.tui.widgets.line import Painted, glyphs
 from lorasmith.tui.widgets.picture import can_draw_pictures
 from lorasmith.tui.widgets.preview import GAP, len_cells
-from lorasmith.tui.widgets.tiles import TEXT_ROWS, USUAL_WIDTH, WIDTHS, Grid, Tile, lay_out, plan_tiles
+from lorasmith.tui.widgets.tiles import TEXT_ROWS, USUAL_WIDTH, WIDTHS, Grid, Tile, lay_out, plan_for
 
 
 class Gallery(Painted, can_focus=True):
@@ -186,7 +186,10 @@ class Gallery(Painted, can_focus=True):
         self._strips = None
 
     def _grid(self) -> Grid:
-        return plan_tiles(self.size.width, self.size.height, WIDTHS[self._zoom], can_draw_pictures())
+        width, height = self.size
+        if can_draw_pictures():
+            return plan_for(self._groups, width, height, self._zoom)
+        return Grid(1, max(1, height), max(1, width), 0)  # a line of text each
 
     def _row_height(self, grid: Grid) -> int:
         return grid.height + TEXT_ROWS if grid.height else 1
@@ -229,33 +232,35 @@ class Gallery(Painted, can_focus=True):
         strips: list[Strip] = []
         for row in self._rows[self._top : self._top + grid.rows]:
             if grid.height:
-                strips += self._draw_row([self._draw_tile(number, grid) for number in row], width)
+                strips += self._draw_row(row, grid, width)
             else:
                 strips += [self._draw_name(number, width) for number in row]
         return strips[: self.size.height]
 
-    def _draw_row(self, tiles: Sequence[Sequence[Strip]], width: int) -> list[Strip]:
+    def _draw_row(self, row: range, grid: Grid, width: int) -> list[Strip]:
+        """Return a row of tiles, their names on one line and the pictures right above it."""
+        pictures = [self._draw_picture(self.tiles[number], grid) for number in row]
+        tallest = max(map(len, pictures))
+        blank = [Strip.blank(grid.width, self.rich_style)]
+        tiles = []
+        for number, picture in zip(row, pictures, strict=True):
+            note = self.paint([(self.tiles[number].note, "dim")], grid.width)
+            text = [self._draw_name(number, grid.width, alone=False), note]
+            tiles.append(blank * (tallest - len(picture)) + picture + text + blank * (grid.height - tallest))
         gap = Strip.blank(GAP, self.rich_style)
         lines = [Strip.join([part for strip in line for part in (strip, gap)]) for line in zip(*tiles, strict=True)]
         return [line.adjust_cell_length(width, self.rich_style) for line in lines]
 
-    def _draw_tile(self, number: int, grid: Grid) -> list[Strip]:
-        tile = self.tiles[number]
+    def _draw_picture(self, tile: Tile, grid: Grid) -> list[Strip]:
         shown = self._loaded.get(self._wish(tile, grid))
-        strips: list[Strip] = []
+        if shown is None:
+            waiting = self.paint([(glyphs().ellipsis, "dim")], grid.width)
+            return [waiting] + [Strip.blank(grid.width, self.rich_style)] * (min(grid.height, grid.width // 2) - 1)
         if isinstance(shown, str):
-            strips = [self.paint([(f"cannot show: {shown}", "high")], grid.width)]
-        elif shown is not None:
-            left = Segment(" " * ((grid.width - len_cells(shown)) // 2), self.rich_style)
-            rows = [Strip([left, *row]) for row in shown[: grid.height]]
-            strips = [row.adjust_cell_length(grid.width, self.rich_style) for row in rows]
-        else:
-            strips = [self.paint([(glyphs().ellipsis, "dim")], grid.width)]
-        blank = Strip.blank(grid.width, self.rich_style)
-        above = (grid.height - len(strips)) // 2 if len(strips) > 1 else 0
-        strips = [blank] * above + strips
-        strips += [blank] * (grid.height - len(strips))
-        return [*strips, self._draw_name(number, grid.width, alone=False), self.paint([(tile.note, "dim")], grid.width)]
+            return [self.paint([(f"cannot show: {shown}", "high")], grid.width)]
+        left = Segment(" " * ((grid.width - len_cells(shown)) // 2), self.rich_style)
+        rows = [Strip([left, *row]) for row in shown[: grid.height]]
+        return [row.adjust_cell_length(grid.width, self.rich_style) for row in rows]
 
     def _draw_name(self, number: int, width: int, *, alone: bool = True) -> Strip:
         tile = self.tiles[number]

@@ -41,19 +41,25 @@ class Grid:
     height: int
 
 
-def plan_tiles(width: int, height: int, wanted: int, pictures: bool = True) -> Grid:
-    """Return the grid of tiles in `width` x `height` cells whose pictures are about `wanted` cells wide.
-
-    Without `pictures`, a tile is a line of text.
-    """
-    if not pictures:
-        return Grid(1, max(1, height), max(1, width), 0)
+def plan_tiles(width: int, height: int, wanted: int) -> Grid:
+    """Return the grid of tiles in `width` x `height` cells whose pictures are at least `wanted` cells wide."""
     columns = clamp((width + GAP) // (wanted + GAP), 1, max(1, width))
     cell_width = max(1, (width - GAP * (columns - 1)) // columns)
-    # A cell is about twice as high as it is wide: a square picture is half as many cells high.
-    cell_height = clamp(cell_width // 2, 1, max(1, height - TEXT_ROWS))
-    rows = max(1, height // (cell_height + TEXT_ROWS))
-    return Grid(columns, rows, cell_width, max(1, height // rows - TEXT_ROWS))
+    # A cell is about twice as high as wide: a square picture is half as many cells high, one of 2:3 three quarters.
+    least, most = max(1, cell_width // 2), max(1, cell_width * 3 // 4)
+    rows = max(1, height // (min(least, max(1, height - TEXT_ROWS)) + TEXT_ROWS))
+    return Grid(columns, rows, cell_width, clamp(height // rows - TEXT_ROWS, 1, most))
+
+
+def plan_for(groups: Sequence[int], width: int, height: int, zoom: int) -> Grid:
+    """Return the grid for groups of so many pictures: of size `zoom` of WIDTHS, or larger where all fit even so."""
+    grid = plan_tiles(width, height, WIDTHS[zoom])
+    for wanted in WIDTHS[zoom + 1 :]:
+        larger = plan_tiles(width, height, wanted)
+        if len(lay_out(groups, larger.columns)) > larger.rows or larger.height < grid.height:
+            break
+        grid = larger
+    return grid
 
 
 def lay_out(groups: Sequence[int], columns: int) -> list[range]:
