@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from lorasmith.tui.caption_state import CaptionState, Length, Ruler
 from lorasmith.tui.overlay_writer import OverlayWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from lorasmith.engine.dataset.overlay import Edit
     from lorasmith.tui.findings import FoundDataset
@@ -57,6 +58,13 @@ class CaptionWork:
         from lorasmith.engine.dataset.captions import full_prompt
 
         return full_prompt(text, self.settings, self.state.items[relative].regularization)
+
+    def drawn(self, relative: str, texts: Sequence[str]) -> str:
+        """Return the prompt of the picture's first use where each use draws another one, "" where none does."""
+        from lorasmith.engine.dataset.captions import caption_for, is_drawn
+
+        item = replace(self.state.items[relative], captions=tuple(texts))
+        return caption_for(item, self.settings, self.seed, 0, 0) if is_drawn(item, self.settings) else ""
 
     def length(self, relative: str, text: str) -> Length:
         """Return how long the prompt of a caption is."""

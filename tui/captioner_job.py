@@ -68,7 +68,7 @@ class CaptionerJob:
         """Return how far the job is, in words."""
         if self.over and self.result is not None:
             done, failed = len(self.result.done), len(self.result.failed)
-            return f"{done:,} captions written, {failed:,} failed · {self.seconds} s"
+            return f"{done:,} written, {failed:,} failed"
         if self.stopping:
             return f"stopping after this picture · {self.seconds} s"
         if self.step is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,8 +55,6 @@ class OverlayWriter:
         return not self._waiting
 
     def _write_all(self) -> None:
-        from lorasmith.engine.dataset.overlay import append_edits
-
         while True:
             with self._lock:
                 edits, self._waiting = self._waiting, {}
@@ -63,7 +62,7 @@ class OverlayWriter:
                     self._thread = None
                     break
             try:
-                append_edits(self.path, edits)
+                _write(self.path, edits)
             except LorasmithError as error:
                 self._keep(edits, error)
                 break
@@ -76,3 +75,14 @@ class OverlayWriter:
             self._waiting = edits | self._waiting
             self._thread = None
             self.problem = " ".join(part for part in (error.what, error.why, error.fix) if part)
+
+
+def _write(path: Path, edits: Mapping[str, Edit]) -> None:
+    """Add the captions of `edits`; whether a picture is left out stays as the file says it, which may be newer."""
+    from lorasmith.engine.dataset import overlay
+
+    present = overlay.read_overlay(path)
+    kept = {
+        name: replace(edit, exclude=present[name].exclude) if name in present else edit for name, edit in edits.items()
+    }
+    overlay.append_edits(path, kept)

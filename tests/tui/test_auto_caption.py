@@ -122,7 +122,7 @@ async def test_captions_are_written_one_failure_costs_nothing_else_and_a_persons
         captioner.gate.release(2)
         await until(pilot, lambda: "✓ Done: 2 captions written, 1 failed." in screen_text(app))
         shown = screen_text(app)
-        assert "2 captions written, 1 failed" in shown
+        assert "2 written, 1 failed" in shown
         assert "c.png: ValueError: an odd picture" in shown
         assert "2 edited" in shown
         assert captioner.closed
@@ -151,7 +151,7 @@ async def test_stopping_keeps_what_is_done_and_the_next_start_goes_on(make_app: 
         assert "1 picture" in screen_text(app)
         await pilot.press("ctrl+s")
         captioner.gate.release()
-        await until(pilot, lambda: "✓ Done: 1 captions written." in screen_text(app))
+        await until(pilot, lambda: "✓ Done: 1 caption written." in screen_text(app))
     assert set(edits_of(app)) == {"b.png", "c.png", "d.png"}
 
 

@@ -46,7 +46,7 @@ async def test_the_change_is_listed_before_it_is_made_and_undone_as_one_step(
         await pilot.press("tab", *"hat")
         await previewed(pilot, 4)
         shown = screen_text(app)
-        for words in ("› a.png", "− a red picture a", "+ a red picture a, hat", "Apply (ctrl+s)", "nothing edited"):
+        for words in ("› a.png", "- a red picture a", "+ a red picture a, hat", "Apply (ctrl+s)", "nothing edited"):
             assert words in shown
         assert edits_of(app) == {}
         await pilot.press("ctrl+s")
@@ -76,6 +76,15 @@ async def test_a_wrong_regex_is_told_below_its_field_and_changes_nothing(make_ap
         await until(pilot, lambda: "+ a picture red a" in screen_text(app))
         assert "3 of 4 captions change" in screen_text(app)
         assert app.screen.query_one("#bulk-problem").display is False
+
+
+async def test_a_regex_that_would_never_end_is_refused(make_app: MakeApp, pictures: Path) -> None:
+    (pictures / "a.txt").write_text("a" * 60 + "!")
+    app = make_app(a_draft(pictures))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await open_over_scan(pilot, prefilled("regex", "(a+)+$"))
+        await until(pilot, lambda: "✗ The expression (a+)+$ takes too long." in screen_text(app))
+        assert app.screen.query_one("#apply", Button).disabled
 
 
 async def test_the_fields_follow_the_operation(make_app: MakeApp, pictures: Path) -> None:
@@ -125,7 +134,7 @@ async def test_foreign_captions_are_only_text(make_app: MakeApp, pictures: Path)
         await open_over_scan(pilot, prefilled("replace", "red"))
         await previewed(pilot, 3)
         shown = screen_text(app)
-        assert "− red [@click=app.quit]x[/] ␛[2J" in shown
+        assert "- red [@click=app.quit]x[/] ␛[2J" in shown
         assert "\x1b" not in shown
         assert "\u202e" not in shown
 

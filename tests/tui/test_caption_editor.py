@@ -168,6 +168,18 @@ async def test_a_picture_with_several_captions_keeps_the_others(make_app: MakeAp
         await until(pilot, lambda: edits_of(app)["a.png"].captions == ("one", "two!"))
 
 
+async def test_a_prompt_that_is_drawn_anew_each_time_is_shown_as_the_first_use_has_it(
+    make_app: MakeApp, pictures: Path
+) -> None:
+    draft = a_draft(pictures)
+    draft.put("captions.tag_dropout", "1")
+    app = make_app(draft)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await open_over_scan(pilot, CaptionEditor)
+        assert "Prompt: zqx, a red picture a" in screen_text(app)
+        assert "Drawn anew each time; first: zqx\n" in screen_text(app)
+
+
 async def test_foreign_text_is_only_text_and_new_lines_are_typed_with_ctrl_j(make_app: MakeApp, pictures: Path) -> None:
     (pictures / "a.txt").write_text("[@click=app.quit]x[/] \x1b[2J \u202e end")
     app = make_app(a_draft(pictures))

@@ -148,6 +148,14 @@ def test_edits_that_cannot_be_written_wait_and_are_tried_again(tmp_path: Path) -
     assert read_overlay(path) == {"a.png": Edit(("one",)), "b.png": Edit(("two",))}
 
 
+def test_a_picture_left_out_meanwhile_stays_left_out(tmp_path: Path) -> None:
+    writer = OverlayWriter(tmp_path / "overlay.jsonl")
+    append_edits(writer.path, {"a.png": Edit(exclude=True)})
+    writer.add({"a.png": Edit(("x",))})
+    assert writer.finish()
+    assert read_overlay(writer.path) == {"a.png": Edit(("x",), exclude=True)}
+
+
 def test_an_edit_that_fails_never_replaces_a_newer_one(tmp_path: Path) -> None:
     writer = OverlayWriter(tmp_path / "overlay.jsonl")
     writer._keep({"a.png": Edit(("old",))}, StorageError("full"))

@@ -207,6 +207,4 @@ def _summary(job: CaptionerJob, count: int) -> str:
         return f"{count:,} captions were written before that; they stay." if count else "No caption was written."
     end = "Stopped" if result.stopped else "Done"
     failed = f", {len(result.failed):,} failed" if result.failed else ""
-    return (
-        f"✓ {end}: {len(result.done):,} captions written{failed}. In the caption editor, u undoes it."
-    )
+    return f"✓ {end}: {len(result.done):,} captions written{failed}. In the caption editor, u undoes it."

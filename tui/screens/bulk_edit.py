@@ -17,6 +17,7 @@ from lorasmith.tui.actions import Place, bindings
 from lorasmith.tui.caption_diff import diff_parts
 from lorasmith.tui.caption_operations import BY_LABEL, BY_NAME, OPERATIONS, Operation
 from lorasmith.tui.forms import Choice, SafeInput, Status
+from lorasmith.tui.regex_guard import require_quick
 from lorasmith.tui.screens.tool import ToolScreen
 from lorasmith.tui.widgets.line import Line, Part
 from lorasmith.tui.widgets.row_list import RowList
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 PAUSE_SECONDS = 0.15
 """How long typing must rest before the preview is made anew."""
+USUAL_HINT = "left and right: another change · Enter: next field · tab: to the list"
 SCOPES = ("training pictures", "regularization", "all")
 
 
@@ -40,7 +42,7 @@ class BulkEdit(ToolScreen):
     PLACES: ClassVar[tuple[Place, ...]] = ("app", "tool", "bulk")
     BINDINGS: ClassVar[list[BindingType]] = [*bindings("bulk")]
     HELP_TEXT: ClassVar[str] = (
-        "Choose a change with left and right, type what it needs, and look at the list: − is a caption as it is, + as "
+        "Choose a change with left and right, type what it needs, and look at the list: - is a caption as it is, + as "
         "it would become. ctrl+s makes the change, u takes all of it back. Edits are kept beside your draft, never in "
         "your files.\n\nA tag is what stands between two commas."
     )
@@ -111,6 +113,7 @@ class BulkEdit(ToolScreen):
     @on(Choice.Changed, "#bulk-operation")
     def _operation_chosen(self, event: Choice.Changed) -> None:
         event.stop()
+        self.hint(USUAL_HINT)
         self.operation = BY_LABEL[event.value]
         self.show_operation()
 
@@ -161,11 +164,14 @@ class BulkEdit(ToolScreen):
     def _changes(self, first: str, second: str, scope: str) -> list[Change]:
         from lorasmith.engine.dataset.caption_edits import each_line, preview_changes
 
+        dataset = _within(self.work.state.current(), scope)
+        if self.operation.name == "regex":
+            require_quick(first, second, [text for item in dataset.items for text in item.captions])
         edit = self.operation.build(first, second)
         edit("")  # says what is wrong with the fields even where there are no pictures
         if self.work.settings.lines == "choose":
             edit = each_line(edit)
-        return preview_changes(_within(self.work.state.current(), scope), edit)
+        return preview_changes(dataset, edit)
 
     def _show_preview(self, changes: Sequence[Change], problem: str, waiting: str = "") -> None:
         self.changes, self._problem, self._fresh = list(changes), problem, True
@@ -185,13 +191,13 @@ class BulkEdit(ToolScreen):
             return [(change.relative, "strong")]
         width = self.query_one("#bulk-rows", RowList).size.width - 6
         parts = diff_parts(change.before or "(no caption)", change.after or "(empty)", width)[line - 1]
-        return [("− " if line == 1 else "+ ", "dim"), *parts]
+        return [("- " if line == 1 else "+ ", "dim"), *parts]
 
     def refresh_all(self) -> None:
         """Show the captions as they stand now."""
         super().refresh_all()
         if self.is_mounted:
-            self.hint("left and right: another change · Enter: next field · tab: to the list")
+            self.hint(USUAL_HINT)
 
     # Actions
 

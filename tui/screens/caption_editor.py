@@ -154,6 +154,11 @@ class CaptionEditor(ToolScreen):
         self.query_one("#caption-length", Line).show([(length.told(), "high" if length.too_long else "dim")])
         prompt = Text("Prompt: ", "bold")
         prompt.append(safe_str(self.work.prompt(name, text)) or "(empty)", "not bold")
+        texts = [*captions] or [""]
+        texts[self.which] = text
+        if first := self.work.drawn(name, texts):
+            prompt.append("\nDrawn anew each time; first: ", "bold")
+            prompt.append(safe_str(first), "not bold")
         self.query_one("#caption-prompt", Status).say(prompt)
         in_text = "Enter: next picture · escape: to the list" if self.focused is self.query_one(CaptionArea) else ""
         self.hint(f"{in_text or 'Enter: edit the caption'} · kept when you leave the picture")

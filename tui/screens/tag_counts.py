@@ -149,19 +149,27 @@ class TagCounts(ToolScreen):
     # The pictures with the selected tag
 
     def _show_pictures(self) -> None:
+        index = self.query_one("#tag-rows", RowList).selected
+        count = self.shown[index][1] if index < len(self.shown) else 0
+        title = f"{count:,} picture{'' if count == 1 else 's'}: {self.tag}" if count else ""
+        self.query_one("#tag-name", Line).show([(title, "strong")])
+        self.run_worker(self._find_pictures(self.tag), exclusive=True, group="pictures")
+
+    async def _find_pictures(self, tag: str) -> None:
+        self.names = await asyncio.to_thread(self._pictures_with, tag)
+        rows = self.query_one("#tag-pictures", RowList)
+        rows.show(len(self.names), lambda index, line: [(self.names[index], "")], 0)
+        self._show_picture()
+
+    def _pictures_with(self, tag: str) -> list[str]:
         from lorasmith.engine.dataset.caption_edits import remove_tag
 
-        tag, state = self.tag, self.work.state
-        self.names = [
+        state = self.work.state
+        return [
             name
             for name, item in state.items.items()
             if tag and not item.regularization and any(remove_tag(text, tag) != text for text in state.captions(name))
         ]
-        count = len(self.names)
-        title = f"{count:,} picture{'' if count == 1 else 's'}: {tag}" if tag else ""
-        self.query_one("#tag-name", Line).show([(title, "strong")])
-        self.query_one("#tag-pictures", RowList).show(count, lambda index, line: [(self.names[index], "")], 0)
-        self._show_picture()
 
     def _show_picture(self) -> None:
         index = self.query_one("#tag-pictures", RowList).selected
@@ -198,7 +206,7 @@ class TagCounts(ToolScreen):
 
     def action_pictures(self) -> None:
         """Move to the pictures with the selected tag."""
-        if self.names:
+        if self.tag:
             self.query_one("#tag-pictures").focus()
 
     def action_remove(self) -> None:
