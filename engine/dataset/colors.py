@@ -10,6 +10,7 @@ import numpy.typing as npt
 from PIL import Image, ImageCms
 
 _BACKGROUNDS = {"white": (255, 255, 255), "gray": (128, 128, 128), "black": (0, 0, 0)}
+_NAME_LENGTH = 60
 DEEP_NOTE = "more than 8 bits a channel: reduced to 8"
 
 
@@ -105,7 +106,7 @@ def _to_eight_bits(values: npt.NDArray[np.generic], mode: str) -> npt.NDArray[np
 
 def _apply_profile(colors: Image.Image, profile: bytes, notes: list[str]) -> Image.Image:
     source = ImageCms.ImageCmsProfile(BytesIO(profile))
-    name = ImageCms.getProfileDescription(source).strip()
+    name = ImageCms.getProfileDescription(source).strip()[:_NAME_LENGTH]
     if source.profile.xcolor_space.strip() == "RGB" and colors.mode == "L":
         colors = colors.convert("RGB")
     if colors.mode == "RGB" and name.lower().startswith("srgb"):

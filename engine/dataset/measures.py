@@ -68,10 +68,10 @@ def gray_copy(image: Image.Image) -> Image.Image:
 
 def brightness_and_contrast(gray: Image.Image) -> tuple[float, float]:
     """Return the mean and the standard deviation of the luma, both 0..1."""
-    counts = np.asarray(gray.histogram(), dtype=np.float64)
+    counts = np.asarray(gray.histogram(), dtype=np.float64) / (gray.width * gray.height)
     shades = np.arange(256) / 255
-    mean = float(counts @ shades / counts.sum())
-    return mean, float(np.sqrt(counts @ (shades - mean) ** 2 / counts.sum()))
+    mean = float(counts @ shades)
+    return mean, float(np.sqrt(counts @ (shades - mean) ** 2))
 
 
 def perceptual_hash(gray: Image.Image) -> int:
@@ -129,7 +129,7 @@ def border_share(pixels: _Gray) -> float:
     A bar is even, and ends along most of its length at once: the plain ground around an object is no bar.
     """
     rows = _bars(pixels)
-    columns = _bars(np.ascontiguousarray(pixels.T))
+    columns = _bars(pixels.T)
     height, width = pixels.shape
     inner = (height - rows) * (width - columns)
     return 1.0 - inner / (height * width) if inner > 0 else 0.0
@@ -143,9 +143,9 @@ def _bars(pixels: _Gray) -> int:
 
 def _bar(pixels: _Gray) -> int:
     """Return the rows of the even bar at the top; 0 where all rows are even or it has no straight end."""
-    shade = int(np.median(pixels[0]))
-    if (np.abs(pixels[0].astype(np.int16) - shade) > _BAR_TOLERANCE).mean() > _BAR_NOISE:
-        return 0
+    shade = int(pixels[0].mean())
+    if np.count_nonzero(np.abs(pixels[0].astype(np.int16) - shade) > _BAR_TOLERANCE) > _BAR_NOISE * pixels.shape[1]:
+        return 0  # nearly always, and for a fraction of the work
     differs = np.abs(pixels.astype(np.int16) - shade) > _BAR_TOLERANCE
     uneven = differs.mean(axis=1) > _BAR_NOISE
     if not uneven.any():

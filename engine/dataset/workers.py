@@ -42,6 +42,7 @@ START_SECONDS = 60.0
 _FILES_AHEAD = 2
 _FILES_PER_CHILD = 8
 _POLL_SECONDS = 0.25
+_KILL_SECONDS = 5.0
 _TOO_SLOW = "decoding took too long"
 _RESULT_LIMIT = 1 << 20
 
@@ -201,12 +202,18 @@ class _Child:
         self.over = True
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(self._answers)
-        with contextlib.suppress(OSError):
-            self._process.kill()
-        self._process.wait()
+        self._kill()
         for pipe in (self._requests, self._answers):
             with contextlib.suppress(OSError):
                 pipe.close()
+
+    def _kill(self) -> int | None:
+        """End the process and return its exit code; None for one that not even the kernel can stop, on a dead disk."""
+        with contextlib.suppress(OSError):
+            self._process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(timeout=_KILL_SECONDS)
+        return None
 
     def _restart_clock(self) -> None:
         self._since, self._cpu_before = time.monotonic(), self._usage()[0]
@@ -241,8 +248,7 @@ class _Child:
             yield self.jobs.popleft()[0], reply
 
     def _how_it_died(self) -> dict[str, Any]:
-        self._process.kill()
-        code = self._process.wait()
+        code = self._kill()
         if not self._last and code != -signal.SIGSEGV:  # libraries in C++ and Rust abort when memory is refused
             return {"memory": True}
         return {"refused": "damaged: it crashes the decoder", "lost": True}
