@@ -13,6 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+# The standard library's expressions cannot be stopped.
+import regex as regex_library
+
 from lorasmith.engine.dataset.caption_writing import WrittenCaptions, write_captions
 from lorasmith.engine.dataset.captions import PLACEHOLDER, compose
 from lorasmith.engine.dataset.items import Dataset, ImageItem
@@ -37,6 +40,8 @@ __all__ = [
     "write_captions",
 ]
 
+REGEX_SECONDS = 2.0
+"""How long a regular expression may take for one caption."""
 _JOINERS = "\u200c\u200d"
 _COMMA = re.compile(r",(?!(?<=\d,)\d{3}(?!\d))")
 _LINE_ENDS = re.compile(r"\r\n|[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
@@ -104,15 +109,22 @@ def rename_tag(text: str, old: str, new: str) -> str:
 def replace_text(text: str, old: str, new: str, regex: bool = False) -> str:
     r"""Return the text with `old` replaced everywhere; with `regex` it is a regular expression, `new` may hold `\1`.
 
-    Raises ConfigError for nothing to look for and for a broken expression.
+    Raises ConfigError for nothing to look for, for a broken expression, and for one that takes REGEX_SECONDS: some
+    need longer than a lifetime for a short text.
     """
     if not old:
         raise ConfigError("There is no text to replace.", fix="Give the text to look for.")
     if not regex:
         return text.replace(old, new)
     try:
-        return re.sub(old, new, text)
-    except (re.error, IndexError, OverflowError, RecursionError) as error:
+        return str(regex_library.sub(old, new, text, timeout=REGEX_SECONDS))
+    except TimeoutError:
+        raise ConfigError(
+            f"The regular expression {old} takes too long.",
+            why=f"It was not done with one caption after {REGEX_SECONDS:g} seconds.",
+            fix="Write it without repeats inside repeats, such as (a+)+, or replace plain text.",
+        ) from None
+    except (regex_library.error, IndexError, OverflowError, RecursionError, MemoryError) as error:
         raise ConfigError(
             f"{old} with {new} is no valid regular expression with its replacement.",
             why=f"{str(error)[:1].upper()}{str(error)[1:]}.",

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasmith.engine.dataset import caption_backup
+from lorasmith.engine.dataset import caption_backup, caption_edits
 from lorasmith.engine.dataset.caption_backup import MANIFEST, restore_captions
 from lorasmith.engine.dataset.caption_edits import (
     Change,
@@ -532,3 +532,9 @@ def test_a_file_keeps_its_owner_where_that_is_possible(
     monkeypatch.setattr(caption_backup.os, "chown", lambda path, user, group: given.append((Path(path).name, user)))
     write_captions(pictures, EDITS, tmp_path / "backup")
     assert (".00.txt.lorasmith-tmp", (pictures.folder / "00.txt").stat().st_uid) in given
+
+
+def test_an_expression_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caption_edits, "REGEX_SECONDS", 0.05)
+    with pytest.raises(ConfigError, match="too long"):
+        replace_text("a" * 40 + "!", r"(a|aa|aaa)+$", "b", regex=True)
