@@ -85,7 +85,8 @@ class DatasetSettings(Section):
     bucket_step: Annotated[int, Field(ge=8, le=256, multiple_of=8)] = 64
     """Bucket sides are multiples of this many pixels."""
     crop: Literal["center", "random"] = "center"
-    """What stays of a picture that does not fit its bucket: its middle, or another part for each of its repeats."""
+    """What stays of a picture that does not fit its bucket: its middle, or another part each time; up to eight parts of
+    each picture are encoded for that."""
     repeats: Annotated[int, Field(ge=1, le=1000)] = 1
     """How often each picture is seen in an epoch, on top of a folder's own repeats."""
     flip: bool = False
@@ -115,7 +116,7 @@ class CaptionSettings(Section):
     tag_dropout: Probability = 0.0
     """Share of comma-separated tags left out, anew each time; the kept ones and the trigger always stay."""
     prefix: Annotated[str, Field(max_length=1000)] = ""
-    """Text before every caption, after the trigger."""
+    """Text before every caption, after the trigger; a space is put between, so end it with a comma for tags."""
     suffix: Annotated[str, Field(max_length=1000)] = ""
     """Text after every caption."""
     lines: Literal["join", "choose"] = "join"

@@ -28,6 +28,8 @@ from lorasmith.engine.storage import cache_folder, free_bytes, readable_size
 
 SECONDS_BETWEEN_EVENTS = 1.0
 _NAMED = 5
+_DISK_SLACK = 1.1
+"""Files take whole blocks of the disk."""
 
 Emit = Callable[[Event], None]
 ShouldStop = Callable[[], bool]
@@ -63,7 +65,7 @@ class Encoder:
         pictures = self._encode_pictures(LatentCache(writes=writes))
         if self.should_stop():
             return None
-        self._tell_black_masks(pictures)
+        self._tell_masked_out(pictures)
         if prompts is None:
             return Encoded(pictures, None)
         conditionings = self._encode_prompts(prompts, TextCache(writes=writes))
@@ -79,9 +81,9 @@ class Encoder:
         if found is not None:
             return sorted(found | set(extra))
         message = (
-            f"The captions differ from use to use: over {limit:,} prompts, too many to keep in memory. The text "
-            "encoder stays in memory and encodes them as they come, which takes more memory and time. To avoid that, "
-            "train fewer steps or switch captions.shuffle, captions.tag_dropout or captions.wildcards off."
+            f"The run has over {limit:,} different prompts, too many to keep in memory. The text encoder stays in "
+            "memory instead and encodes them as they come, which takes more GPU memory and time. To avoid that, train "
+            "fewer steps, or switch captions.shuffle, captions.tag_dropout and captions.wildcards off."
         )
         self.emit(Logged(severity="warning", message=message))
         return None
@@ -105,7 +107,7 @@ class Encoder:
         message = f"To encode: {_count(len(new), 'picture')} and {_count(unread, 'caption')}"
         message += f", about {readable_size(needed)} in {folder}" if needed else ""
         self.emit(Logged(severity="info", message=message + (f"; {known} are there already." if known else ".")))
-        if needed <= free:
+        if needed * _DISK_SLACK <= free:
             return True
         message = (
             f"The cache is not written: it needs about {readable_size(needed)}, but only {readable_size(free)} are "
@@ -138,14 +140,15 @@ class Encoder:
             cache,
         )
 
-    def _tell_black_masks(self, pictures: EncodedPictures) -> None:
+    def _tell_masked_out(self, pictures: EncodedPictures) -> None:
+        """Name the pictures of which a mask leaves out everything, or everything of a part that is used."""
         black = {self.plan.samples[index].item.relative for index, mask in pictures.masks.items() if not mask.any()}
         if not black:
             return
         weight = self.config.objective.unmasked_weight
-        effect = "nothing of them is learnt" if weight == 0 else f"all of them counts {weight:g} times only"
+        effect = "nothing is learnt from those" if weight == 0 else f"those count {weight:g} times only"
         names = ", ".join(sorted(black)[:_NAMED]) + (f" and {len(black) - _NAMED} more" if len(black) > _NAMED else "")
-        message = f"Black masks mark nothing to learn in {_count(len(black), 'picture')} ({names}): {effect}."
+        message = f"Masks leave out all of what is used of {_count(len(black), 'picture')} ({names}): {effect}."
         self.emit(Logged(severity="warning", message=message))
 
 

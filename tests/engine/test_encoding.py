@@ -219,3 +219,14 @@ def test_progress_is_neither_a_flood_nor_silent_when_it_is_slow(monkeypatch: pyt
         now[0] += 3.0
         report("a", done, 10_000)
     assert len(slow.events) == 50
+
+
+@pytest.mark.parametrize(("weight", "effect"), [(0.0, "nothing is learnt"), (0.25, "count 0.25 times")])
+def test_pictures_that_are_masked_out_are_named(weight: float, effect: str, tiny_sd15: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_sd15, tmp_path, objective={"unmasked_weight": weight})
+    for number, gray in enumerate((0, 255, 0)):
+        Image.new("L", (64, 64), gray).save(tmp_path / "pictures" / f"{number:02}-masklabel.png")
+    _, host = encode(config, load_tiny(tiny_sd15))
+    (warning,) = [event.message for event in host.of(Logged) if event.severity == "warning"]
+    assert "2 pictures (00.png, 02.png)" in warning
+    assert effect in warning
