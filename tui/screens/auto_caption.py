@@ -207,4 +207,5 @@ def _summary(job: CaptionerJob, count: int) -> str:
         return f"{count:,} captions were written before that; they stay." if count else "No caption was written."
     end = "Stopped" if result.stopped else "Done"
     failed = f", {len(result.failed):,} failed" if result.failed else ""
-    return f"✓ {end}: {len(result.done):,} captions written{failed}. In the caption editor, u undoes it."
+    words = f"{len(result.done):,} caption{'' if len(result.done) == 1 else 's'} written{failed}"
+    return f"✓ {end}: {words}. In the caption editor, u undoes it."
