@@ -38,10 +38,10 @@ def edits_of(app: LorasmithApp) -> dict[str, Edit]:
 
 async def until(pilot: Pilot[Any], condition: Callable[[], bool]) -> None:
     """Wait for a thread of the screen."""
-    for _ in range(1000):
+    for _ in range(400):
         if condition():
             break
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.03)
     assert condition()
     await pilot.pause()
 
