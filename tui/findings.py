@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,12 +57,12 @@ class FoundDataset:
     dataset: Dataset
     edits: Mapping[str, Edit] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def pictures(self) -> list[ImageItem]:
         """The accepted training pictures, regularization pictures left out."""
         return [item for item in self.dataset.items if not item.regularization]
 
-    @property
+    @cached_property
     def captionless(self) -> list[ImageItem]:
         """The accepted pictures without a caption."""
         from lorasmith.engine.dataset.scan import missing_captions
@@ -195,11 +196,16 @@ def recommend(
 
 def goal_of(draft: Draft, family: str) -> str:
     """Return the goal that the user chose, or the family's usual one."""
-    from lorasmith.engine.advisor import goals
-
-    known = goals(family)
+    known = _goals(family)
     chosen = draft.kept.get("goal", "")
     return chosen if chosen in known else next(iter(known), "")
+
+
+@cache
+def _goals(family: str) -> tuple[str, ...]:
+    from lorasmith.engine.advisor import goals
+
+    return goals(family)
 
 
 def _vram_gib(hardware: HardwareSnapshot | None) -> float | None:

@@ -414,6 +414,47 @@ async def test_more_settings_are_shown_on_request_and_stay(make_app: MakeApp, ca
         assert app.focused is app.screen.query_one("#field-dataset-weights").query_one(SafeInput)
 
 
+async def test_the_caption_editor_opens_at_the_selected_picture_and_its_edits_are_seen(
+    make_app: MakeApp, cats: Path
+) -> None:
+    from lorasmith.tui.screens.caption_editor import CaptionEditor
+
+    app = make_app(draft_of(cats))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await open_page(pilot)
+        await pilot.press("c")
+        await rest(pilot)
+        assert isinstance(app.screen, CaptionEditor)
+        assert app.screen.chosen == "cat0.png"
+        app.screen.dismiss(False)
+        await rest(pilot)
+        await pilot.press("g", "right", "right", "e")
+        await rest(pilot)
+        editor = app.screen
+        assert isinstance(editor, CaptionEditor)
+        assert editor.chosen == "cat2.png"
+        overlay = app.draft.overlay_path()
+        assert overlay is not None
+        append_edits(overlay, {"cat2.png": Edit(("a cat in another light",))})
+        editor.dismiss(True)
+        await rest(pilot)
+        assert isinstance(app.screen, GalleryScreen)
+        assert "a cat in another light" in screen_text(app)
+        await go_to(pilot, "review")
+        assert str(overlay)[:20] in screen_text(app)
+
+
+@pytest.mark.parametrize("key", ["f", "g"])
+async def test_the_smallest_terminal_shows_pictures_and_buttons(make_app: MakeApp, cats: Path, key: str) -> None:
+    app = make_app(draft_of(cats))
+    async with app.run_test(size=(60, 18)) as pilot:
+        await open_page(pilot)
+        await pilot.press(key)
+        await rest(pilot)
+        assert "Back" in screen_text(app)
+        assert "cat" in screen_text(app)
+
+
 async def test_help_lists_the_keys_of_the_screen_that_is_shown(make_app: MakeApp, cats: Path) -> None:
     app = make_app(draft_of(cats))
     async with app.run_test(size=(120, 36)) as pilot:

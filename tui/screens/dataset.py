@@ -64,12 +64,12 @@ class DatasetPage(WizardPage):
             key = "dataset.missing_captions"
             yield Choice(choices_of(key), draft.text(key, advice), id="captions-choice")
         yield Status(id="found", classes="gap")
-        yield Gallery(id="strip")
-        yield Status(id="findings", classes="gap")
         with Horizontal(id="closer"):
             yield Button("Findings (f)", id="open-findings", compact=True)
             yield Button("Gallery (g)", id="open-gallery", compact=True)
             yield Button("Captions (c)", id="open-captions", compact=True)
+        yield Gallery(id="strip")
+        yield Status(id="findings", classes="gap")
         yield Status(id="details", classes="gap")
         yield Vertical(id="more")
 
@@ -265,7 +265,7 @@ class DatasetPage(WizardPage):
             findings.say(say.findings_text(checked.findings))
         details.say(say.details_text(dataset, checked) if checked is not None else say.refusals_text(dataset))
         tab = "tab, then " if isinstance(self.focused, SafeInput) else ""
-        self.hint(f"Enter: go on · {tab}f findings · g gallery · c captions")
+        self.hint(f"Enter: next · {tab}f findings, g gallery, c captions")
 
     def _show_fields(self) -> None:
         draft, advice = self.wizard.draft, self.wizard.known.advice()

@@ -47,6 +47,7 @@ class FindingsScreen(DatasetSheet):
         """Open on the worst finding."""
         super().__init__()
         self._shown: tuple[Finding, ...] | None = None
+        self._code = ""
 
     def compose(self) -> ComposeResult:
         """Title, list, explanation, pictures, buttons."""
@@ -107,6 +108,10 @@ class FindingsScreen(DatasetSheet):
         tiles, groups = self._tiles(finding)
         gallery.display = bool(tiles)
         gallery.show(tiles, groups)
+        code = finding.code if finding is not None else ""
+        if code != self._code:
+            self._code = code
+            gallery.action_select(0)
         self._show_detail()
         self.refresh_bindings()
 
@@ -184,7 +189,7 @@ class FindingsScreen(DatasetSheet):
         if finding is None or finding.action is None:
             return
         self.wizard.carry_out(finding.action)
-        self.notify(safe_str(f"Done: {finding.action.label} (u takes it back)"), markup=False, timeout=5)
+        self.say(f"Done: {finding.action.label} (u takes it back)")
 
     def action_gallery(self) -> None:
         """Show the pictures of the finding in the gallery."""

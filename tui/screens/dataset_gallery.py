@@ -49,7 +49,7 @@ class GalleryScreen(DatasetSheet):
         self._start = start
         self._items: dict[str, ImageItem] = {}
         self._unused: list[Refusal] = []
-        self._filled: tuple[int, ...] = ()
+        self._shown: tuple[FoundDataset, Checked | None, str] | None = None
 
     def compose(self) -> ComposeResult:
         """Title, filter, pictures with the selected one beside them, buttons."""
@@ -91,10 +91,13 @@ class GalleryScreen(DatasetSheet):
             return
         checked = self.checked
         self._items = {item.relative: item for item in found.dataset.items}
-        items = filtered(found, checked, self._filter)
-        self.query_one("#grid", Gallery).show(tiles_of(items, checked))
-        self._fill_unused(found)
-        self._show_title(found, len(items))
+        shown = (found, checked, self._filter)
+        # Ten thousand tiles take a while: made anew only where something about them is another.
+        if self._shown is None or any(new is not old for new, old in zip(shown, self._shown, strict=True)):
+            self._shown = shown
+            self.query_one("#grid", Gallery).show(tiles_of(filtered(*shown), checked))
+            self._fill_unused(found)
+        self._show_title(found, len(self.query_one("#grid", Gallery).tiles))
         self._show_selected()
         self.show_progress()
 
@@ -196,6 +199,7 @@ class GalleryScreen(DatasetSheet):
         self.query_one("#grid").display = not listing
         self.query_one("#toggle_unused", Button).label = "Pictures (t)" if listing else "Not used (t)"
         self.query_one("#exclude", Button).label = "Use again (x)" if listing else "Leave out (x)"
+        self.query_one("#edit_caption", Button).disabled = listing
         self._focus_list()
         self.draft_changed()
 
@@ -204,7 +208,7 @@ class GalleryScreen(DatasetSheet):
         found, relative = self.found, self.selected()
         edit = found.edits.get(relative) if found is not None else None
         if self.listing and (edit is None or not edit.exclude):
-            self.notify("Only pictures that you left out can be used again; this file says why not.", markup=False)
+            self.say("Only pictures that you left out can be used again.")
             return
         super().action_exclude()
 
@@ -247,6 +251,8 @@ def facts_text(item: ImageItem, checked: Checked | None) -> Text:
     text.append(f"{safe_str(item.relative)}\n", "bold")
     text.append(f"{_facts(item)}\n", "dim")
     text.append("\n".join(safe_str(caption) or "(empty caption)" for caption in item.captions) or "(no caption)")
+    for note in item.notes:
+        text.append(f"\n· {safe_str(note)}", "dim")
     for finding in (checked.by_file if checked is not None else {}).get(item.relative, ()):
         detail = finding.details.get(item.relative, "")
         text.append(f"\n\n{MARKS[finding.severity]} {safe_str(finding.title)}", "bold")

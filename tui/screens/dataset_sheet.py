@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
@@ -14,13 +15,16 @@ from textual.widgets import Button, Static
 from lorasmith.tui.actions import Place, bindings
 from lorasmith.tui.checks import Checked, worst_mark
 from lorasmith.tui.edits import Undo, set_excluded
-from lorasmith.tui.text import safe_str, safe_text
+from lorasmith.tui.text import safe_text
 from lorasmith.tui.widgets.tiles import Tile
 
 if TYPE_CHECKING:
     from lorasmith.engine.dataset.items import ImageItem
     from lorasmith.tui.app import LorasmithApp
     from lorasmith.tui.findings import FoundDataset
+
+
+SAID_SECONDS = 6.0
 
 
 class DatasetSheet(Screen[None]):
@@ -39,6 +43,7 @@ class DatasetSheet(Screen[None]):
         super().__init__()
         self.ready = False
         """Whether the widgets exist; a look may end before they do."""
+        self._said, self._said_at = "", 0.0
 
     @property
     def wizard(self) -> LorasmithApp:
@@ -67,21 +72,23 @@ class DatasetSheet(Screen[None]):
         return self.ready and super().check_action(action, parameters)
 
     def _tick(self) -> None:
-        if self.wizard.known.looking():
+        if self.wizard.known.looking() or self._said:
             self.show_progress()
 
     def draft_changed(self) -> None:
         """Show what is known now."""
 
+    def say(self, words: str) -> None:
+        """Tell what was done, for some seconds, in the line of help."""
+        self._said, self._said_at = words, time.monotonic()
+        self.show_progress()
+
     def show_progress(self) -> None:
-        """Say how far a look that is under way is, else what the keys do."""
-        known = self.wizard.known
-        for name in ("dataset", "checks"):
-            look = known.looks.get(name)
-            if look is not None and not look.done:
-                self.hint(f"Looking again: {look.progress()}")
-                return
-        self.hint(self.usual_hint())
+        """Say what was just done and how far a look that is under way is, else what the keys do."""
+        words = [self._said] if self._said and time.monotonic() - self._said_at < SAID_SECONDS else []
+        looks = [self.wizard.known.looks.get(name) for name in ("dataset", "checks")]
+        words += [f"looking again: {look.progress()}" for look in looks if look is not None and not look.done][:1]
+        self.hint(" · ".join(words) or self.usual_hint())
 
     def usual_hint(self) -> str:
         """Return what the keys do, in one line."""
@@ -114,7 +121,7 @@ class DatasetSheet(Screen[None]):
         back = edit is not None and edit.exclude
         words = f"{'Used again' if back else 'Left out'}: {relative}"
         self.wizard.change_edits(set_excluded((relative,), not back), Undo(words))
-        self.notify(safe_str(f"{words} (u takes it back)"), markup=False, timeout=4)
+        self.say(f"{words} (u takes it back)")
 
     def action_edit_caption(self) -> None:
         """Edit the caption of the selected picture."""
@@ -124,7 +131,7 @@ class DatasetSheet(Screen[None]):
     def action_undo(self) -> None:
         """Take the newest change back."""
         words = self.wizard.undo()
-        self.notify(safe_str(f"Taken back: {words}" if words else "Nothing to take back."), markup=False, timeout=4)
+        self.say(f"Taken back: {words}" if words else "Nothing to take back.")
 
     @on(Button.Pressed)
     async def _pressed(self, event: Button.Pressed) -> None:

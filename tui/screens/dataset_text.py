@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lorasmith.tui.findings import FoundDataset
 
 MAX_REFUSALS = 200
-MAX_NOTES = 4
+MAX_NOTES = 3
 MAX_ENLARGED = 1.5
 """Enlargement above which a picture teaches its blur; the row is marked."""
 
@@ -117,8 +117,7 @@ def missing_text(missing: Sequence[ImageItem]) -> Text:
     return Text(
         safe_str(
             f"! {len(missing)} without a caption: {names}\n"
-            "ask: not decided · trigger: the word alone · filename, folder: the name of the file, or that in 10_name · "
-            "exclude: leave them out",
+            "trigger: the word alone · filename: the file's name · folder: the name in 10_name · exclude: left out",
             lines=True,
         )
     )

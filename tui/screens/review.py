@@ -170,10 +170,12 @@ class ReviewPage(WizardPage):
             return ""
         config = resolved.config
         adapter, optimizer = config.adapter, config.optimizer
+        overlay = config.dataset.overlay
+        edits = f"\n  with the captions and left-out pictures that you edited: {overlay}" if overlay else ""
         return (
             f"  {config.run.name} · trigger {config.captions.trigger}\n"
             f"  {adapter.kind} rank {adapter.rank} · {optimizer.name} at {optimizer.learning_rate:g} · "
-            f"{config.dataset.resolution} pixels"
+            f"{config.dataset.resolution} pixels{edits}"
         )
 
     def _command(self) -> str:

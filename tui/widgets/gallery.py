@@ -21,7 +21,7 @@ from lorasmith.tui.thumbnails import Thumbnails, Wish
 from lorasmith.tui.widgets.line import Painted, glyphs
 from lorasmith.tui.widgets.picture import can_draw_pictures
 from lorasmith.tui.widgets.preview import GAP, len_cells
-from lorasmith.tui.widgets.tiles import TEXT_ROWS, USUAL_WIDTH, WIDTHS, Grid, Tile, lay_out, plan_for
+from lorasmith.tui.widgets.tiles import TEXT_ROWS, USUAL_WIDTH, WIDTHS, Grid, Tile, lay_out, plan_for, plan_tiles
 
 
 class Gallery(Painted, can_focus=True):
@@ -75,7 +75,8 @@ class Gallery(Painted, can_focus=True):
         self.tiles: tuple[Tile, ...] = ()
         self.index = 0
         self._groups: tuple[int, ...] = ()
-        self._zoom = USUAL_WIDTH
+        self._zoom: int | None = None
+        """The size that was chosen, of WIDTHS; None: what shows enough pictures."""
         self._top = 0
         self._rows: list[range] = []
         self._strips: list[Strip] | None = None
@@ -148,7 +149,7 @@ class Gallery(Painted, can_focus=True):
 
     def action_zoom(self, by: int) -> None:
         """Show fewer and larger pictures, or more and smaller ones."""
-        self._zoom = clamp(self._zoom + by, 0, len(WIDTHS) - 1)
+        self._zoom = clamp(self._level() + by, 0, len(WIDTHS) - 1)
         self._request()
 
     def on_click(self, event: events.Click) -> None:
@@ -188,8 +189,14 @@ class Gallery(Painted, can_focus=True):
     def _grid(self) -> Grid:
         width, height = self.size
         if can_draw_pictures():
-            return plan_for(self._groups, width, height, self._zoom)
+            return plan_for(self._groups, width, height, self._level())
         return Grid(1, max(1, height), max(1, width), 0)  # a line of text each
+
+    def _level(self) -> int:
+        if self._zoom is not None:
+            return self._zoom
+        usual, small = (plan_tiles(*self.size, WIDTHS[level]).rows for level in (USUAL_WIDTH, 0))
+        return 0 if usual == 1 < small else USUAL_WIDTH
 
     def _row_height(self, grid: Grid) -> int:
         return grid.height + TEXT_ROWS if grid.height else 1

@@ -43,6 +43,8 @@ class Grid:
 
 def plan_tiles(width: int, height: int, wanted: int) -> Grid:
     """Return the grid of tiles in `width` x `height` cells whose pictures are at least `wanted` cells wide."""
+    # Where there is little height, a picture cannot use the width.
+    wanted = clamp((height - TEXT_ROWS) * 5 // 2, min(WIDTHS), wanted)
     columns = clamp((width + GAP) // (wanted + GAP), 1, max(1, width))
     cell_width = max(1, (width - GAP * (columns - 1)) // columns)
     # A cell is about twice as high as wide: a square picture is half as many cells high, one of 2:3 three quarters.
