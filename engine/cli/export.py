@@ -82,11 +82,11 @@ def _write(run: RunFolder, checkpoint: Checkpoint, config: RunConfig, folder: Pa
     adapter.train(False)
     # An earlier step must not take the place of the finished LoRA.
     name = config.run.name if checkpoint.step == config.train.steps else f"{config.run.name}-step-{checkpoint.step:06d}"
-    metadata = build_metadata(config, identity, _facts(config), step=checkpoint.step)
+    metadata = build_metadata(config, identity, _facts(config, module.SPEC.pixel_multiple), step=checkpoint.step)
     return export_lora(family, adapter, config, folder, name, metadata, checkpoint.step)
 
 
-def _facts(config: RunConfig) -> DatasetFacts:
+def _facts(config: RunConfig, pixel_multiple: int) -> DatasetFacts:
     """Return what the file tells about its pictures, or nothing where they are gone by now."""
     from lorasmith.engine.dataset.buckets import plan_buckets
     from lorasmith.engine.dataset.scan import require_captions, scan_dataset
@@ -98,6 +98,6 @@ def _facts(config: RunConfig) -> DatasetFacts:
     except LorasmithError as error:
         say(f"The file will not tell its pictures: {error}", to_stderr=True)
         return DatasetFacts()
-    plan = plan_buckets(dataset.items, config.dataset)
+    plan = plan_buckets(dataset.items, config.dataset, pixel_multiple, config.run.seed)
     batches = plan.batches_per_epoch(config.train.batch_size)
     return dataset_facts(dataset, config.captions, plan.counts(), batches)
