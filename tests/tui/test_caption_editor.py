@@ -117,7 +117,7 @@ async def test_marks_filter_and_the_show_key_find_pictures(make_app: MakeApp, pi
         await open_over_scan(pilot, CaptionEditor)
         await pilot.press("escape")
         shown = screen_text(app)
-        for words in ("*  a.png", "~  b.png", " > c.png", "!  d.png"):
+        for words in ("*  a.png", "~  b.png", " + c.png", "!  d.png"):
             assert words in shown
         await pilot.press("m")
         assert listed(app) == ["d.png"]

@@ -39,7 +39,7 @@ class CaptionEditor(ToolScreen):
         "stands the prompt as the text encoder reads it, with the trigger, and how many tokens it takes.\n\n"
         "In the text, Enter goes on to the next picture and ctrl+j begins a new line; escape moves to the list, where "
         "the single letters work.\n\n"
-        "Marks in the list:   * edited by you   ~ written by a model   ! no caption   0 empty   > too long"
+        "Marks in the list:   * edited by you   ~ written by a model   ! no caption   0 empty   + too long"
     )
 
     def __init__(self, found: FoundDataset, start: str = "", work: CaptionWork | None = None) -> None:

@@ -114,7 +114,7 @@ class CaptionList(Vertical):
         shown, width = safe_str(name), self._rows.size.width - 6
         if len(shown) > width > 1:  # the end of a path tells more than its beginning
             shown = glyphs().ellipsis + shown[1 - width :]
-        return [(f"{SIGNS[mark]}{'>' if long else ' '} ", ROLES[mark] or ("high" if long else "")), (shown, "")]
+        return [(f"{SIGNS[mark]}{'+' if long else ' '} ", ROLES[mark] or ("high" if long else "")), (shown, "")]
 
     def _show_and_stay(self) -> None:
         self.post_message(self.Filtered())
