@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-# The standard library's expressions cannot be stopped.
+# The standard library's expressions cannot be stopped, and hold the interpreter while they search.
 import regex as regex_library
 
 from lorasmith.engine.dataset.caption_writing import WrittenCaptions, write_captions
@@ -117,7 +117,7 @@ def replace_text(text: str, old: str, new: str, regex: bool = False) -> str:
     if not regex:
         return text.replace(old, new)
     try:
-        return str(regex_library.sub(old, new, text, timeout=REGEX_SECONDS))
+        return str(regex_library.sub(old, new, text, timeout=REGEX_SECONDS, concurrent=True))
     except TimeoutError:
         raise ConfigError(
             f"The regular expression {old} takes too long.",

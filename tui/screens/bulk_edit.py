@@ -17,7 +17,6 @@ from lorasmith.tui.actions import Place, bindings
 from lorasmith.tui.caption_diff import diff_parts
 from lorasmith.tui.caption_operations import BY_LABEL, BY_NAME, OPERATIONS, Operation
 from lorasmith.tui.forms import Choice, SafeInput, Status
-from lorasmith.tui.regex_guard import require_quick
 from lorasmith.tui.screens.tool import ToolScreen
 from lorasmith.tui.widgets.line import Line, Part
 from lorasmith.tui.widgets.row_list import RowList
@@ -165,8 +164,6 @@ class BulkEdit(ToolScreen):
         from lorasmith.engine.dataset.caption_edits import each_line, preview_changes
 
         dataset = _within(self.work.state.current(), scope)
-        if self.operation.name == "regex":
-            require_quick(first, second, [text for item in dataset.items for text in item.captions])
         edit = self.operation.build(first, second)
         edit("")  # says what is wrong with the fields even where there are no pictures
         if self.work.settings.lines == "choose":
