@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from picture import save_png
+from PIL import Image
 from textual.pilot import Pilot
 
 from lorasmith.engine.commands import Command
@@ -28,10 +29,11 @@ from lorasmith.tui.app import LorasmithApp
 from lorasmith.tui.draft import PAGES, Draft
 from lorasmith.tui.screens.monitor import MonitorScreen
 from lorasmith.tui.theme import THEME
+from lorasmith.tui.widgets.gallery import Gallery
 
 HERE = Path(__file__).resolve().parent
 SIZES = {"": (120, 36), "-80x24": (80, 24)}
-SMALL = ("dataset", "settings", "review", "monitor", "monitor-finished")
+SMALL = ("dataset", "findings", "gallery", "settings", "review", "monitor", "monitor-finished")
 """The pictures that are also made for the smallest terminal."""
 SHOWN_SHARE = 0.7
 """How much of the run the monitor has seen in its picture."""
@@ -128,6 +130,7 @@ async def take_all(events: list[Event]) -> None:
     )
     for suffix, size in SIZES.items():
         await take_pages(suffix, size)
+        await take_dataset(suffix, size)
         await take_monitor("monitor", suffix, size, events[: last + 1])
         await take_monitor("monitor-finished", suffix, size, events)
 
@@ -141,6 +144,43 @@ async def take_pages(suffix: str, size: tuple[int, int]) -> None:
             take(app, page, suffix)
             if page != "review":
                 await pilot.press("enter")
+
+
+def odd_folder() -> Path:
+    """Make a folder as people have them: the demo's pictures, some twice, one tiny, one without a caption."""
+    folder = Path("photos")
+    if folder.exists():
+        return folder
+    shutil.copytree(demo.PICTURES, folder)
+    pictures = sorted(folder.glob("*.png"))
+    for path in pictures[:3]:
+        shutil.copy(path, path.with_name(f"copy of {path.name}"))
+        shutil.copy(path.with_suffix(".txt"), path.with_name(f"copy of {path.stem}.txt"))
+    pictures[4].with_suffix(".txt").unlink()
+    with Image.open(pictures[5]) as picture:
+        picture.resize((24, 24)).save(folder / "thumbnail.png")
+    (folder / "thumbnail.txt").write_text("a small one\n", encoding="utf-8")
+    (folder / "notes.docx").write_bytes(b"not a picture")
+    return folder
+
+
+async def take_dataset(suffix: str, size: tuple[int, int]) -> None:
+    """Take the findings about an odd folder, and its gallery."""
+    draft = Draft()
+    draft.put("dataset.folder", str(odd_folder()))
+    app = LorasmithApp(draft)
+    async with app.run_test(size=size) as pilot:
+        app.visit("dataset")
+        await settle(pilot, app)
+        app.screen.query_one("#next").focus()
+        for name, key, moves in (("findings", "f", ["down"]), ("gallery", "g", ["right", "right"])):
+            await pilot.press(key, *moves)
+            await settle(pilot, app)
+            while any(gallery.busy() for gallery in app.screen.query(Gallery)):
+                await asyncio.sleep(0.1)
+            await pilot.pause(0.2)
+            take(app, name, suffix)
+            await pilot.press("escape")
 
 
 async def take_monitor(name: str, suffix: str, size: tuple[int, int], events: list[Event]) -> None:

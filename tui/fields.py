@@ -29,6 +29,10 @@ _LABELS = {
     "optimizer.learning_rate": "Learning rate",
     "base.model": "Base model",
     "dataset.folder": "Folder with pictures",
+    "dataset.more_folders": "Further datasets",
+    "dataset.weights": "Weights of datasets",
+    "dataset.alpha_background": "Behind transparency",
+    "dataset.overlay": "Edited captions",
     "captions.trigger": "Trigger word",
 }
 _PAGES = {

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from textual import on
+from textual import events, on
 from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical
 from textual.widgets import Button, Input, Static
 
 from lorasmith.tui.actions import Place, bindings
-from lorasmith.tui.fields import choices_of, label_of
+from lorasmith.tui.fields import choices_of, help_of, label_of
 from lorasmith.tui.forms import Choice, SafeInput, SettingField, Status, field_id, told
 from lorasmith.tui.screens import dataset_text as say
 from lorasmith.tui.screens.page import WizardPage
@@ -222,7 +222,7 @@ class DatasetPage(WizardPage):
         look, dataset = known.current("dataset"), known.shown_dataset
         captions = self.query_one("#captions")
         captions.display = dataset is not None and bool(dataset.captionless)
-        self.hint("Enter: scan, then go on · Page Up and Down: scroll")
+        self.hint(self._usual_hint(dataset is not None))
         self._show_fields()
         self._show_state(look, dataset)
         shown = dataset is not None and (look is None or look.error is None)
@@ -264,8 +264,21 @@ class DatasetPage(WizardPage):
         else:
             findings.say(say.findings_text(checked.findings))
         details.say(say.details_text(dataset, checked) if checked is not None else say.refusals_text(dataset))
-        tab = "tab, then " if isinstance(self.focused, SafeInput) else ""
-        self.hint(f"Enter: next · {tab}f findings, g gallery, c captions")
+
+    def _usual_hint(self, scanned: bool) -> str:
+        node = self.focused
+        field = next((parent for parent in node.ancestors if isinstance(parent, SettingField)), None) if node else None
+        if field is not None:
+            return f"{label_of(field.key)}: {help_of(field.key)}"
+        if not scanned:
+            return "Enter: scan, then go on · Page Up and Down: scroll"
+        tab = "tab, then " if isinstance(node, SafeInput) else ""
+        return f"Enter: next · {tab}f findings, g gallery, c captions"
+
+    def on_descendant_focus(self, event: events.DescendantFocus) -> None:
+        """Explain what got the focus."""
+        if self.ready:
+            self.hint(self._usual_hint(self.wizard.known.shown_dataset is not None))
 
     def _show_fields(self) -> None:
         draft, advice = self.wizard.draft, self.wizard.known.advice()

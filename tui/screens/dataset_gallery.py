@@ -250,7 +250,7 @@ def facts_text(item: ImageItem, checked: Checked | None) -> Text:
     text = Text()
     text.append(f"{safe_str(item.relative)}\n", "bold")
     text.append(f"{_facts(item)}\n", "dim")
-    text.append("\n".join(safe_str(caption) or "(empty caption)" for caption in item.captions) or "(no caption)")
+    text.append("\n".join(_one_line(caption) for caption in item.captions) or "(no caption)")
     for note in item.notes:
         text.append(f"\n· {safe_str(note)}", "dim")
     for finding in (checked.by_file if checked is not None else {}).get(item.relative, ()):
@@ -264,7 +264,7 @@ def short_text(item: ImageItem, checked: Checked | None) -> Text:
     """Return the same in at most three lines: name and size, caption, the worst finding."""
     text = Text()
     text.append(f"{safe_str(item.relative)} · {_facts(item)}\n", "bold")
-    text.append(safe_str(item.caption) if item.caption is not None else "(no caption)")
+    text.append("(no caption)" if item.caption is None else _one_line(item.caption))
     findings = (checked.by_file if checked is not None else {}).get(item.relative, [])
     if findings:
         worst = findings[0]
@@ -279,3 +279,8 @@ def _facts(item: ImageItem) -> str:
     facts = [f"{item.width}×{item.height}", item.format, f"{item.repeats:g}× an epoch" if item.repeats != 1 else ""]
     facts += ["regularization" if item.regularization else "", "mask" if item.mask_path is not None else ""]
     return safe_str(" · ".join(fact for fact in facts if fact))
+
+
+def _one_line(caption: str) -> str:
+    """Return a caption without the line ends that say nothing."""
+    return safe_str(" ".join(caption.split())) or "(empty caption)"

@@ -36,7 +36,7 @@ class DatasetSheet(Screen[None]):
     PLACES: ClassVar[tuple[Place, ...]] = ("app", "sheet")
     BINDINGS: ClassVar[list[BindingType]] = [*bindings("sheet")]
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (110, "-wide")]  # noqa: RUF012
-    VERTICAL_BREAKPOINTS = [(0, "-short"), (32, "-tall")]  # noqa: RUF012
+    VERTICAL_BREAKPOINTS = [(0, "-tiny"), (24, "-short"), (32, "-tall")]  # noqa: RUF012
 
     def __init__(self) -> None:
         """Open over the dataset page."""
@@ -154,6 +154,12 @@ def tiles_of(items: Sequence[ImageItem], checked: Checked | None) -> list[Tile]:
     """Return a tile for each picture, with its size and the mark of its worst finding."""
     found = checked.by_file if checked is not None else {}
     return [
-        Tile(item.relative, item.path, f"{item.width}×{item.height}", worst_mark(found.get(item.relative, ())))
+        Tile(
+            item.relative,
+            item.path,
+            f"{item.width}×{item.height}",
+            worst_mark(found.get(item.relative, ())),
+            item.height / item.width,
+        )
         for item in items
     ]

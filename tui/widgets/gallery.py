@@ -75,6 +75,7 @@ class Gallery(Painted, can_focus=True):
         self.tiles: tuple[Tile, ...] = ()
         self.index = 0
         self._groups: tuple[int, ...] = ()
+        self._shape = 1.0
         self._zoom: int | None = None
         """The size that was chosen, of WIDTHS; None: what shows enough pictures."""
         self._top = 0
@@ -97,6 +98,7 @@ class Gallery(Painted, can_focus=True):
             return
         before = self.selected
         self.tiles, self._groups = tuple(tiles), shown
+        self._shape = max((tile.shape for tile in tiles), default=1.0)
         here = [number for number, tile in enumerate(self.tiles) if before and tile.relative == before.relative]
         if self.index not in here:
             self.index = here[0] if here else clamp(self.index, 0, max(0, len(self.tiles) - 1))
@@ -189,7 +191,7 @@ class Gallery(Painted, can_focus=True):
     def _grid(self) -> Grid:
         width, height = self.size
         if can_draw_pictures():
-            return plan_for(self._groups, width, height, self._level())
+            return plan_for(self._groups, width, height, self._level(), self._shape)
         return Grid(1, max(1, height), max(1, width), 0)  # a line of text each
 
     def _level(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,16 @@ TEXT_ROWS = 2
 
 @dataclass(frozen=True)
 class Tile:
-    """One picture: its `relative` path, its file, and two lines of text; `mark` is that of its worst finding."""
+    """One picture: its `relative` path, its file, and two lines of text; `mark` is that of its worst finding.
+
+    `shape` is its height over its width.
+    """
 
     relative: str
     path: Path
     note: str = ""
     mark: str = ""
+    shape: float = 1.0
 
     @property
     def name(self) -> str:
@@ -41,23 +46,26 @@ class Grid:
     height: int
 
 
-def plan_tiles(width: int, height: int, wanted: int) -> Grid:
-    """Return the grid of tiles in `width` x `height` cells whose pictures are at least `wanted` cells wide."""
+def plan_tiles(width: int, height: int, wanted: int, shape: float = 1.0) -> Grid:
+    """Return the grid of tiles in `width` x `height` cells whose pictures are at least `wanted` cells wide.
+
+    `shape` is the height over the width of the tallest picture; from 1.5 on, pictures are shown narrower instead.
+    """
     # Where there is little height, a picture cannot use the width.
     wanted = clamp((height - TEXT_ROWS) * 5 // 2, min(WIDTHS), wanted)
     columns = clamp((width + GAP) // (wanted + GAP), 1, max(1, width))
     cell_width = max(1, (width - GAP * (columns - 1)) // columns)
-    # A cell is about twice as high as wide: a square picture is half as many cells high, one of 2:3 three quarters.
-    least, most = max(1, cell_width // 2), max(1, cell_width * 3 // 4)
+    # A cell is about twice as high as wide: a square picture is half as many cells high.
+    least, most = max(1, cell_width // 2), max(1, math.ceil(cell_width * clamp(shape, 1.0, 1.5) / 2))
     rows = max(1, height // (min(least, max(1, height - TEXT_ROWS)) + TEXT_ROWS))
     return Grid(columns, rows, cell_width, clamp(height // rows - TEXT_ROWS, 1, most))
 
 
-def plan_for(groups: Sequence[int], width: int, height: int, zoom: int) -> Grid:
+def plan_for(groups: Sequence[int], width: int, height: int, zoom: int, shape: float = 1.0) -> Grid:
     """Return the grid for groups of so many pictures: of size `zoom` of WIDTHS, or larger where all fit even so."""
-    grid = plan_tiles(width, height, WIDTHS[zoom])
+    grid = plan_tiles(width, height, WIDTHS[zoom], shape)
     for wanted in WIDTHS[zoom + 1 :]:
-        larger = plan_tiles(width, height, wanted)
+        larger = plan_tiles(width, height, wanted, shape)
         if len(lay_out(groups, larger.columns)) > larger.rows or larger.height < grid.height:
             break
         grid = larger
