@@ -58,6 +58,8 @@ def plan_tiles(width: int, height: int, wanted: int, shape: float = 1.0) -> Grid
     # A cell is about twice as high as wide: a square picture is half as many cells high.
     least, most = max(1, cell_width // 2), max(1, math.ceil(cell_width * clamp(shape, 1.0, 1.5) / 2))
     rows = max(1, height // (min(least, max(1, height - TEXT_ROWS)) + TEXT_ROWS))
+    if 5 * (height // (rows + 1) - TEXT_ROWS) >= 4 * least:
+        rows += 1  # a little lower each is better than a row's space left empty
     return Grid(columns, rows, cell_width, clamp(height // rows - TEXT_ROWS, 1, most))
 
 
