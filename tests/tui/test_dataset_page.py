@@ -119,7 +119,7 @@ async def test_the_page_tells_findings_buckets_prompts_and_unused_files(
         assert "9 pictures · 1 of 10 files not used" in told["#found"]
         assert "8 found, 1 missing" in told["#found"]
         assert "exact copy" in told["#findings"]
-        for words in ("64 × 64", "zqx, a cat on a chair, number 0", "notes.docx: "):
+        for words in ("64 × 64", "zqx, a cat on a chair, number 0", "a cat on a chair (7)", "notes.docx: "):
             assert words in told["#details"]
         for name in ("open-findings", "open-gallery", "open-captions"):
             page.query_one(f"#{name}").scroll_visible(animate=False)

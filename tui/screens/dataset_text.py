@@ -13,12 +13,14 @@ from lorasmith.tui.text import safe_str
 
 if TYPE_CHECKING:
     from lorasmith.engine.dataset.buckets import BucketRow
+    from lorasmith.engine.dataset.check_captions import CaptionStatistics
     from lorasmith.engine.dataset.findings import Finding
     from lorasmith.engine.dataset.items import ImageItem
     from lorasmith.tui.findings import FoundDataset
 
 MAX_REFUSALS = 200
 MAX_NOTES = 3
+MAX_TAGS = 6
 MAX_ENLARGED = 1.5
 """Enlargement above which a picture teaches its blur; the row is marked."""
 
@@ -91,6 +93,23 @@ def prompts_text(prompts: Sequence[tuple[ImageItem, str]]) -> Text:
     return text
 
 
+def captions_text(statistics: CaptionStatistics) -> Text:
+    """Return how long the captions are, and their most frequent tags."""
+    text = Text()
+    if not statistics.found:
+        return text
+    text.append("Captions\n", "bold")
+    tokens = f", {statistics.longest_tokens} tokens" if statistics.longest_tokens else ""
+    over = f" · {len(statistics.over_limit)} cut off" if statistics.over_limit else ""
+    text.append(
+        f"  {statistics.median_words:g} words in the middle, {statistics.longest_words}{tokens} at most{over}\n"
+    )
+    tags = ", ".join(f"{safe_str(tag)} ({count})" for tag, count in statistics.tags[:MAX_TAGS] if count > 1)
+    text.append(f"  Most frequent: {tags}\n" if tags else "")
+    text.rstrip()
+    return text
+
+
 def refusals_text(found: FoundDataset) -> Text:
     """Return every file that is not used, with its reason."""
     refused = found.dataset.refused
@@ -106,8 +125,13 @@ def refusals_text(found: FoundDataset) -> Text:
 
 
 def details_text(found: FoundDataset, checked: Checked) -> Text:
-    """Return what stands below the findings: buckets, prompts, files that are not used."""
-    parts = [buckets_text(checked.rows), prompts_text(checked.prompts), refusals_text(found)]
+    """Return what stands below the findings: buckets, prompts, captions, files that are not used."""
+    parts = [
+        buckets_text(checked.rows),
+        prompts_text(checked.prompts),
+        captions_text(checked.statistics),
+        refusals_text(found),
+    ]
     return Text("\n\n").join(part for part in parts if part.plain)
 
 
