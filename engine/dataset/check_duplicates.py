@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorasmith.engine.dataset.buckets import BucketPlan
+from lorasmith.engine.dataset.check_pictures import MIN_JPEG_QUALITY
 from lorasmith.engine.dataset.findings import Action, CheckContext, Finding, counted
 from lorasmith.engine.dataset.items import Dataset, ImageItem, Measures
 
@@ -102,7 +103,7 @@ def _near(items: Sequence[ImageItem], scales: Mapping[str, float]) -> Finding | 
         f"{counted(len(spare), 'picture is', 'pictures are')} nearly the same as another "
         f"({counted(len(groups), 'group', 'groups')}).",
         "What near-duplicates have in common, such as one pose or one background, is learnt as part of the concept.",
-        "Keep the best of each group: the first one is the sharpest that is large enough.",
+        "Keep the best of each group: the first one is large enough, little compressed and the sharpest.",
         files=(*spare, *(group[0].relative for group in groups)),
         groups=_names(groups),
         details=_details(groups, "nearly the same as"),
@@ -129,12 +130,17 @@ def _in_regularization(items: Sequence[ImageItem]) -> Finding | None:
 
 
 def _best_first(group: Iterable[ImageItem], scales: Mapping[str, float]) -> list[ImageItem]:
-    """Sort by what is worth keeping: a caption, enough pixels for the training size, sharpness, size."""
+    """Sort by what is worth keeping: a caption, enough pixels for training, light compression, sharpness, size.
 
-    def worth(item: ImageItem) -> tuple[bool, float, float, int]:
+    Compression comes before sharpness, since its blocks count as sharp edges.
+    """
+
+    def worth(item: ImageItem) -> tuple[bool, float, bool, float, int]:
         enough = round(min(1.0, 1.0 / max(scales.get(item.relative, 1.0), 0.01)), 1)
+        quality = item.measures.jpeg_quality if item.measures is not None else None
+        intact = quality is None or quality >= MIN_JPEG_QUALITY
         sharpness = item.measures.sharpness if item.measures is not None else 0.0
-        return bool((item.caption or "").strip()), enough, sharpness, item.width * item.height
+        return bool((item.caption or "").strip()), enough, intact, sharpness, item.width * item.height
 
     return sorted(group, key=worth, reverse=True)
 

@@ -83,7 +83,7 @@ def _read_run(path: Path, changed: int, size: int) -> tuple[str, str, tuple[str,
 
 @lru_cache(maxsize=4096)
 def _read_file(path: Path, changed: int, size: int) -> tuple[str, str, tuple[str, ...]]:
-    """Return name, no dataset folder and the triggers of a LoRA file; kept until the file's time (ns) or size changes."""
+    """Return name, no dataset folder and the triggers of a LoRA file; kept until its time (ns) or size changes."""
     _, metadata = read_header(path)
     words = next((metadata[key] for key in _KEYS if metadata.get(key, "").strip() not in ("", "None")), "")
     return metadata.get("ss_output_name", path.stem), "", _split(words)

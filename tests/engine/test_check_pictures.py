@@ -154,6 +154,7 @@ def test_the_captioned_copy_is_kept() -> None:
         ({"width": 600, "height": 600}, {"width": 200, "height": 200}),
         ({"measures": measures(perceptual_hash=HASH, sharpness=0.9)}, {}),
         ({"width": 900, "height": 900}, {}),
+        ({}, {"measures": measures(perceptual_hash=HASH, sharpness=0.9, jpeg_quality=12)}),
     ],
 )
 def test_the_best_of_near_duplicates_is_kept(first: dict[str, Any], second: dict[str, Any]) -> None:
