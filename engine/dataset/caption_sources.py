@@ -130,7 +130,7 @@ def _why_unused(path: Path, owners: Sequence[Candidate], accepted: Mapping[Path,
         other = items[0].caption_path
         return f"not used as a caption: {f'{printable(other.name)} is' if other and text is not None else problem}"
     if owners:
-        return "caption of a picture that is refused"
+        return "caption of a picture that is not used"
     if path.suffix.lower() == ".json":
         return "neither a picture nor the caption of one with the same name"
     return "caption without a picture of the same name"

@@ -81,7 +81,7 @@ def _why_unused(
     if items and items[0].mask_path is not None:
         return f"mask, not used: {printable(items[0].mask_path.name)} is"
     if owners:
-        return "mask of a picture that is refused"
+        return "mask of a picture that is not used"
     if path in layout.disputed:
         return "mask with the name of pictures in several folders: put it into a mask folder inside one of them"
     return "mask without a picture of the same name; if it is a picture, rename it or its folder"

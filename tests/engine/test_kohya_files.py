@@ -199,7 +199,7 @@ def test_a_folder_with_no_repeats_is_refused_and_not_forgotten(tmp_path: Path) -
     text = f"{SUBSET}image_dir = 'cat'\n[[datasets.subsets]]\nimage_dir = 'off'\nnum_repeats = 0"
     assert reasons(scan(write(tmp_path / "cats.toml", text))) == {
         "off/b.png": "num_repeats = 0",
-        "off/b.txt": "caption of a picture that is refused",
+        "off/b.txt": "caption of a picture that is not used",
     }
 
 

@@ -175,7 +175,7 @@ def test_masks_that_are_not_used_are_listed_and_never_trained_as_pictures(tmp_pa
     assert by_name(dataset)["a.png"].mask_path == tmp_path / "a-masklabel.png"
     assert found["mask/a.png"] == "mask, not used: a-masklabel.png is"
     assert found["b-masklabel.png"].startswith("mask without a picture of the same name")
-    assert found["bad-masklabel.png"] == "mask of a picture that is refused"
+    assert found["bad-masklabel.png"] == "mask of a picture that is not used"
     assert "conditioning picture of OneTrainer" in found["a-condlabel.png"]
     assert dataset.found == len(dataset.items) + len(dataset.refused) == 6
 
@@ -378,8 +378,8 @@ def test_edited_captions_and_left_out_pictures_count(tmp_path: Path) -> None:
     assert [item.relative for item in missing_captions(dataset)] == ["c.png"]
     assert reasons(dataset) == {
         "b.png": "left out by you",
-        "b.txt": "caption of a picture that is refused",
-        "b-masklabel.png": "mask of a picture that is refused",
+        "b.txt": "caption of a picture that is not used",
+        "b-masklabel.png": "mask of a picture that is not used",
     }
     assert dataset.notes == ("edits.jsonl edits pictures that are not there (1): gone.png",)
     assert dataset.found == 6

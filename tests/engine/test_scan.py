@@ -104,7 +104,7 @@ def test_captions_that_are_not_used_are_refused_with_a_reason(tmp_path: Path) ->
     found = reasons(dataset)
     assert found["a.caption"] == "not used as a caption: a.txt is"
     assert found["lonely.txt"] == "caption without a picture of the same name"
-    assert found["bad.txt"] == "caption of a picture that is refused"
+    assert found["bad.txt"] == "caption of a picture that is not used"
     assert found["b.txt"] == "not used as a caption: not a text file"
     assert dataset.found == len(dataset.items) + len(dataset.refused) == 7
 
