@@ -118,7 +118,9 @@ class CaptionWork:
         look, base = self.known.current("words"), self.known.base
         if look is None or not look.done or not look.value or base is None or self.ruler.tokenizers:
             return
-        self.ruler = Ruler(tuple(look.value), base.family.SPEC.token_limit)
+        from lorasmith.engine.dataset.check_captions import token_limit
+
+        self.ruler = Ruler(tuple(look.value), token_limit(base.family.SPEC, look.value))
         self._news = True
         self._measuring += 1
         threading.Thread(target=self._measure_all, name="caption-lengths", daemon=True).start()

@@ -10,7 +10,7 @@ from lorasmith.engine.config import RunConfig
 from lorasmith.engine.dataset.buckets import BucketPlan
 from lorasmith.engine.dataset.check_amount import check_amount
 from lorasmith.engine.dataset.check_caption_files import check_caption_files
-from lorasmith.engine.dataset.check_captions import Captions, CaptionStatistics, caption_statistics
+from lorasmith.engine.dataset.check_captions import Captions, CaptionStatistics, caption_statistics, token_limit
 from lorasmith.engine.dataset.check_characters import check_characters
 from lorasmith.engine.dataset.check_duplicates import check_duplicates
 from lorasmith.engine.dataset.check_masks import check_masks
@@ -24,8 +24,6 @@ from lorasmith.engine.dataset.triggers import check_trigger
 from lorasmith.engine.families import FamilySpec
 
 __all__ = ["CaptionStatistics", "build_context", "caption_statistics", "check_dataset"]
-MAX_SANE_LIMIT = 100_000
-"""Tokenizers without a limit of their own state an enormous one."""
 
 
 def build_context(
@@ -39,19 +37,15 @@ def build_context(
 ) -> CheckContext:
     """Collect what a dataset is checked for; reads the triggers of earlier runs in `run.output_folder` if none come.
 
-    `spec` and `label` are those of the base, where it is known. The token limit is the smallest of the family's and
-    of the tokenizers' own.
+    `spec` and `label` are those of the base, where it is known.
     """
     if other_triggers is None:
         other_triggers = find_other_triggers(Path(config.run.output_folder), own=config)
-    limits = [spec.token_limit] if spec is not None and spec.token_limit else []
-    own = [int(getattr(tokenizer, "model_max_length", 0)) for tokenizer in tokenizers]
-    limits += [limit for limit in own if 0 < limit < MAX_SANE_LIMIT]
     return CheckContext(
         config,
         base_label=label or (spec.label if spec is not None else ""),
         caption_style=spec.caption_style if spec is not None else "",
-        token_limit=min(limits, default=0),
+        token_limit=token_limit(spec, tokenizers),
         tokenizers=tokenizers,
         pixel_multiple=spec.pixel_multiple if spec is not None else 8,
         goal=goal,

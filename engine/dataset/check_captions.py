@@ -15,11 +15,14 @@ from weakref import WeakKeyDictionary
 from lorasmith.engine.dataset.captions import PLACEHOLDER, caption_choices, full_prompt, split_tags
 from lorasmith.engine.dataset.findings import CheckContext
 from lorasmith.engine.dataset.items import Dataset, ImageItem
+from lorasmith.engine.families import FamilySpec
 
 COUNTED_AT_ONCE = 1000
 """Texts that a tokenizer gets in one call."""
 KEPT_COUNTS = 100_000
 """Token counts that are kept for the next check, for each tokenizer."""
+MAX_SANE_LIMIT = 100_000
+"""Tokenizers without a limit of their own state an enormous one."""
 _TOKENS: WeakKeyDictionary[Any, dict[str, int]] = WeakKeyDictionary()
 
 
@@ -126,6 +129,13 @@ class Captions:
 def is_empty(item: ImageItem) -> bool:
     """Say whether a picture has captions and nothing in them."""
     return bool(item.captions) and not any(text.strip() for text in item.captions)
+
+
+def token_limit(spec: FamilySpec | None, tokenizers: Sequence[Any]) -> int:
+    """Return the tokens of one prompt that are read: the family's limit or a tokenizer's own smaller one; 0 unknown."""
+    limits = [spec.token_limit] if spec is not None and spec.token_limit else []
+    own = [int(getattr(tokenizer, "model_max_length", 0)) for tokenizer in tokenizers]
+    return min([*limits, *(limit for limit in own if 0 < limit < MAX_SANE_LIMIT)], default=0)
 
 
 def count_tokens(texts: Iterable[str], tokenizers: Sequence[Any]) -> dict[str, int]:

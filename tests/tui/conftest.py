@@ -46,6 +46,7 @@ class FakeTokenizer:
     """Knows `dog`; splits everything else into letters."""
 
     unk_token = "<unk>"
+    model_max_length = 77
 
     def tokenize(self, word: str) -> list[str]:
         return ["dog</w>"] if word == "dog" else [letter if letter.isascii() else "<unk>" for letter in word]

@@ -15,6 +15,7 @@ from lorasmith.tui.app import LorasmithApp
 from lorasmith.tui.caption_operations import BY_NAME, OPERATIONS
 from lorasmith.tui.forms import Choice, SafeInput
 from lorasmith.tui.screens.bulk_edit import BulkEdit
+from lorasmith.tui.while_open import while_open
 from tests.tui.caption_screens import a_draft, edits_of, open_over_scan, until
 from tests.tui.conftest import SIZES, replace_text, screen_text
 
@@ -163,3 +164,15 @@ def test_each_operation_does_what_it_says(name: str, first: str, second: str, be
 def test_an_operation_without_its_words_says_so(name: str) -> None:
     with pytest.raises(ConfigError):
         BY_NAME[name].build("", "")("red")
+
+
+async def test_a_preview_that_ends_after_the_screen_was_left_is_dropped(make_app: MakeApp, pictures: Path) -> None:
+    app = make_app(a_draft(pictures))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await open_over_scan(pilot, prefilled("add-last", "sunny"))
+        screen = app.screen
+        assert isinstance(screen, BulkEdit)
+        await pilot.press("escape")
+        await until(pilot, lambda: app.screen is not screen)
+        await until(pilot, lambda: not screen.children)
+        await while_open(screen, screen._preview(0))

@@ -21,7 +21,7 @@ from lorasmith.tui.screens.help import HelpScreen
 from lorasmith.tui.widgets.caption_area import CaptionArea
 from lorasmith.tui.widgets.caption_list import CaptionList
 from tests.tui.caption_screens import a_draft, edits_of, open_over_scan, until
-from tests.tui.conftest import SIZES, screen_text
+from tests.tui.conftest import SIZES, FakeTokenizer, screen_text
 
 MakeApp = Callable[..., LorasmithApp]
 
@@ -36,6 +36,15 @@ def listed(app: LorasmithApp) -> list[str]:
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+async def test_a_tokenizer_that_reads_less_than_its_family_sets_the_limit(make_app: MakeApp, pictures: Path) -> None:
+    short = FakeTokenizer()
+    short.model_max_length = 20
+    app = make_app(a_draft(pictures), tokenizers=lambda base, tell: [short])
+    async with app.run_test(size=(80, 24)) as pilot:
+        await open_over_scan(pilot, lambda found: CaptionEditor(found, "b.png"))
+        await until(pilot, lambda: "! 22 of 20 tokens: the last 2 are not read" in screen_text(app))
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -43,7 +43,7 @@ def go_to_monitor(pane: TmuxPane) -> None:
         if name == "dataset":
             pane.wait_for("regularization pictures ·")
             pane.press("NPage")
-            pane.wait_for("(regularization)")
+            pane.wait_for("Checked: nothing to report")
         pane.press("Enter")
     wait_for_page(pane, "settings")
     pane.press("Tab")
@@ -165,8 +165,8 @@ def test_escape_sequences_and_markup_of_a_dataset_are_shown_and_never_obeyed(sta
     pane.wait_for("Go on with it:")
     pane.press("Enter")
     shown = wait_for_page(pane, "dataset")
-    pane.resize(120, 36)
-    shown = pane.wait_for("Not used (1)")
+    pane.resize(120, 70)
+    shown = pane.wait_for(lambda text: "Prompts as" in text and "Not used (1)" in text)
     for words in (
         "pictures ␛[2J[red]",
         "zqx, a ␛[2J[bold]loud[/bold] <U+009B>31m red <U+202E>picture",

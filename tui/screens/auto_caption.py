@@ -17,6 +17,7 @@ from lorasmith.tui.captioner_job import CaptionerJob, Request
 from lorasmith.tui.forms import told
 from lorasmith.tui.screens.ask import Answer, AskScreen
 from lorasmith.tui.screens.tool import ToolScreen
+from lorasmith.tui.while_open import while_open
 from lorasmith.tui.widgets.captioner_panel import CaptionerPanel
 from lorasmith.tui.widgets.captioner_progress import CaptionerProgress
 
@@ -108,7 +109,7 @@ class AutoCaption(ToolScreen):
             except LorasmithError as error:
                 self.panel.say_problem(told(error))
                 return
-            self.run_worker(self._start(settings), exclusive=True, group="start")
+            self.run_worker(while_open(self, self._start(settings)), exclusive=True, group="start")
 
     async def _start(self, settings: dict[str, Any]) -> None:
         self.panel.say_problem("")
@@ -137,7 +138,7 @@ class AutoCaption(ToolScreen):
         self.progress.show(job)
         if over:
             self.job = None
-            self.run_worker(self._take_written(job), group="finish")
+            self.run_worker(while_open(self, self._take_written(job)), group="finish")
 
     async def _take_written(self, job: CaptionerJob) -> None:
         """Take in what was written, and say what became of the job."""

@@ -18,6 +18,7 @@ from lorasmith.tui.caption_diff import diff_parts
 from lorasmith.tui.caption_operations import BY_LABEL, BY_NAME, OPERATIONS, Operation
 from lorasmith.tui.forms import Choice, SafeInput, Status
 from lorasmith.tui.screens.tool import ToolScreen
+from lorasmith.tui.while_open import while_open
 from lorasmith.tui.widgets.line import Line, Part
 from lorasmith.tui.widgets.row_list import RowList
 
@@ -141,7 +142,7 @@ class BulkEdit(ToolScreen):
         self._previewed += 1
         self._fresh = False
         self.query_one("#apply", Button).disabled = True
-        self.run_worker(self._preview(self._previewed), exclusive=True, group="preview")
+        self.run_worker(while_open(self, self._preview(self._previewed)), exclusive=True, group="preview")
 
     async def _preview(self, number: int) -> None:
         await asyncio.sleep(PAUSE_SECONDS)

@@ -27,12 +27,14 @@ MAX_ENLARGED = 1.5
 
 def dataset_text(found: FoundDataset) -> Text:
     """Return the counts: found = used + not used, captions, edits, notes about pictures."""
+    from lorasmith.engine.dataset.findings import counted
+
     dataset, pictures = found.dataset, found.pictures
     text = Text()
     text.append("✓ ")
     regular = len(dataset.items) - len(pictures)
-    also = f" and {regular} regularization pictures" if regular else ""
-    text.append(f"{len(pictures)} pictures{also}", "bold")
+    also = f" and {counted(regular, 'regularization picture', 'regularization pictures')}" if regular else ""
+    text.append(f"{counted(len(pictures), 'picture', 'pictures')}{also}", "bold")
     text.append(f" · {len(dataset.refused)} of {dataset.found} files not used\n")
     text.append(f"  Captions: {len(dataset.items) - len(found.captionless)} found, {len(found.captionless)} missing")
     edited = sum(edit.captions is not None for edit in found.edits.values())
@@ -40,7 +42,7 @@ def dataset_text(found: FoundDataset) -> Text:
     if edited:
         text.append(f" · {edited} edited here")
     if left_out:
-        text.append(f" · {left_out} picture{'s' if left_out > 1 else ''} left out here")
+        text.append(f" · {counted(left_out, 'picture', 'pictures')} left out here")
     text.append("\n")
     notes = Counter(note for item in dataset.items for note in item.notes)
     for words in dataset.notes[:MAX_NOTES]:

@@ -15,6 +15,7 @@ from lorasmith.tui.actions import Place, bindings
 from lorasmith.tui.forms import SafeInput
 from lorasmith.tui.screens.tool import ToolScreen
 from lorasmith.tui.text import safe_str
+from lorasmith.tui.while_open import while_open
 from lorasmith.tui.widgets.line import Line, Part, glyphs
 from lorasmith.tui.widgets.picture import Picture
 from lorasmith.tui.widgets.row_list import RowList
@@ -77,7 +78,7 @@ class TagCounts(ToolScreen):
     def refresh_all(self) -> None:
         """Count anew."""
         super().refresh_all()
-        self.run_worker(self._count(), exclusive=True, group="count")
+        self.run_worker(while_open(self, self._count()), exclusive=True, group="count")
         self.hint("Enter: the pictures with this tag · d: remove it everywhere · r: rename it")
 
     async def _count(self) -> None:
@@ -153,7 +154,7 @@ class TagCounts(ToolScreen):
         count = self.shown[index][1] if index < len(self.shown) else 0
         title = f"{count:,} picture{'' if count == 1 else 's'}: {self.tag}" if count else ""
         self.query_one("#tag-name", Line).show([(title, "strong")])
-        self.run_worker(self._find_pictures(self.tag), exclusive=True, group="pictures")
+        self.run_worker(while_open(self, self._find_pictures(self.tag)), exclusive=True, group="pictures")
 
     async def _find_pictures(self, tag: str) -> None:
         self.names = await asyncio.to_thread(self._pictures_with, tag)

@@ -16,6 +16,7 @@ from textual.widgets import Input, Static
 from lorasmith.tui import captioner_form as form
 from lorasmith.tui.forms import Choice, SafeInput, Status
 from lorasmith.tui.text import safe_str
+from lorasmith.tui.while_open import while_open
 from lorasmith.tui.widgets.line import Line
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class CaptionerPanel(VerticalScroll, can_focus=False):
     def on_mount(self) -> None:
         """Show the first captioner, which is the recommended one."""
         self.say_problem("")
-        self.run_worker(self._show_captioner(), exclusive=True, group="captioner")
+        self.run_worker(while_open(self.screen, self._show_captioner()), exclusive=True, group="captioner")
 
     @property
     def module(self) -> CaptionerModule:
@@ -135,7 +136,7 @@ class CaptionerPanel(VerticalScroll, can_focus=False):
     def _captioner_chosen(self, event: Choice.Changed) -> None:
         event.stop()
         self.say_problem("")
-        self.run_worker(self._show_captioner(), exclusive=True, group="captioner")
+        self.run_worker(while_open(self.screen, self._show_captioner()), exclusive=True, group="captioner")
 
     @on(Choice.Changed, "#captioner-wanted")
     def _wanted_chosen(self, event: Choice.Changed) -> None:
