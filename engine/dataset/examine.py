@@ -48,7 +48,7 @@ def examine_picture(path: Path, memory_bytes: int | None = None) -> PictureFacts
             raise TooLittleMemoryError
 
     try:
-        picture = read_picture(path, longest=MEASURED_SIDE, admit=admit)
+        picture = read_picture(path, longest=MEASURED_SIDE, admit=admit, luma=True)
     except DatasetError as error:
         # Decoders report failed allocations in many ways, some of them as damage to the file.
         if memory_bytes is not None and (needed * 4 > memory_bytes or "memory" in error.why):

@@ -103,20 +103,28 @@ def open_image(path: Path, background: str = "white") -> Image.Image:
 
 
 def read_picture(
-    path: Path, background: str = "white", *, longest: int | None = None, admit: Admit | None = None
+    path: Path,
+    background: str = "white",
+    *,
+    longest: int | None = None,
+    admit: Admit | None = None,
+    luma: bool = False,
 ) -> Picture:
     """Return what `open_image` returns, with the file's hash and remarks.
 
     With `longest` the picture is decoded completely all the same, and then made smaller by a whole factor, so that its
-    longer side keeps at least that many pixels: colors are then converted in a fraction of the time. Raises
-    DatasetError whose `why` is the reason.
+    longer side keeps at least that many pixels: colors are then converted in a fraction of the time. With `luma` a
+    JPEG may come out as `L`: all of its data is read and checked, and only the arithmetic that makes pixels of it is
+    saved, which is half of the work. Raises DatasetError whose `why` is the reason.
     """
     with _explained(path), path.open("rb") as file:
         picture = _open(file, path.suffix.lower())
         if admit is not None:
             admit(picture)
         with _one_huge_picture if picture.width * picture.height > _HUGE_PIXELS else contextlib.nullcontext():
-            return _finish(picture, file, path.suffix.lower(), background, longest)
+            notes = _format_notes(picture, path.suffix.lower())
+            wish = _Wish(background, longest, luma)
+            return _finish(picture, file, notes, wish, _save_work(picture, notes, wish))
 
 
 def read_mask(path: Path) -> Image.Image:
@@ -221,32 +229,42 @@ def _load_plugin(name: str) -> bool:
     return name in Image.OPEN
 
 
-def _finish(picture: Image.Image, file: BufferedReader, suffix: str, background: str, longest: int | None) -> Picture:
-    notes = _format_notes(picture, suffix)
+@dataclass(frozen=True)
+class _Wish:
+    """How a picture is to be read; see `read_picture`."""
+
+    background: str
+    longest: int | None
+    luma: bool
+
+
+def _finish(
+    picture: Image.Image, file: BufferedReader, notes: list[str], wish: _Wish, size: tuple[int, int]
+) -> Picture:
     kind = picture.format or ""
     tables = getattr(picture, "quantization", None)
     picture.load()
     turn = _turn(picture, notes)
     profile = picture.info.get("icc_profile")
-    width, height = picture.size
-    factor = 1 if longest is None else max(1, max(width, height) // longest)
+    width, height = size
+    factor = 1 if wish.longest is None else max(1, max(picture.size) // wish.longest)
     colors, alpha = reduce_picture(*split_alpha(picture, notes), factor)
     if turn is not None:
         colors, alpha = colors.transpose(turn), alpha and alpha.transpose(turn)
         width, height = (height, width) if turn in (_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8]) else (width, height)
-    image = to_srgb(colors, profile, notes)
+    image = colors if wish.luma and colors.mode == "L" and not profile else to_srgb(colors, profile, notes)
     file.seek(0)
     digest = hashlib.file_digest(file, "sha256").hexdigest()
     if alpha is not None:
         notes.append("partly transparent")
-        image = lay_on(image, alpha, background, digest)
+        image = lay_on(image.convert("RGB"), alpha, wish.background, digest)
     image.info = {}  # the file's metadata must reach neither previews nor exports
     kind = _SAME_FORMAT.get(kind, kind)
     return Picture(image, digest, alpha is not None, tuple(notes), kind, alpha, (width, height), tables)
 
 
 def _format_notes(picture: Image.Image, suffix: str) -> list[str]:
-    """Return remarks about the file, and have a huge JPEG decoded at half its size."""
+    """Return remarks about the kind of file."""
     notes = []
     kind = picture.format or ""
     kind = _SAME_FORMAT.get(kind, kind)
@@ -259,10 +277,28 @@ def _format_notes(picture: Image.Image, suffix: str) -> list[str]:
     deep = any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ()))
     if picture.mode in ("RGB", "RGBA", "CMYK", "LAB") and (deep or picture.info.get("bit_depth", 8) > 8):
         notes.append(DEEP_NOTE)
-    if kind == "JPEG" and picture.width * picture.height > HALF_SIZE_PIXELS:
-        picture.draft(picture.mode, (picture.width // 2, picture.height // 2))
-        notes.append(f"over {HALF_SIZE_PIXELS // 1_000_000} megapixels: read at half its size")
     return notes
+
+
+def _save_work(picture: Image.Image, notes: list[str], wish: _Wish) -> tuple[int, int]:
+    """Have libjpeg decode no more of a JPEG than is needed; return the width and height that count as the picture's.
+
+    That is half of them for a huge one.
+    """
+    width, height = picture.size
+    if picture.format not in ("JPEG", "MPO"):
+        return width, height
+    huge = width * height > HALF_SIZE_PIXELS
+    if huge:
+        notes.append(f"over {HALF_SIZE_PIXELS // 1_000_000} megapixels: read at half its size")
+        width, height = (width + 1) // 2, (height + 1) // 2
+    # A color profile needs the colors; without one, their luma is a channel of the file.
+    if wish.luma and wish.longest and "icc_profile" not in picture.info:
+        factor = max(1, max(width, height) // wish.longest)
+        picture.draft("L", (width // factor, height // factor))
+    elif huge:
+        picture.draft(picture.mode, (width, height))
+    return width, height
 
 
 def _turn(picture: Image.Image, notes: list[str]) -> Image.Transpose | None:

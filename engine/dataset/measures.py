@@ -14,7 +14,7 @@ from PIL import Image
 
 from lorasmith.engine.dataset.items import Measures
 
-MEASURES_VERSION = "1"
+MEASURES_VERSION = "2"
 """Part of the scan cache's key: to be raised whenever a measure gives other values than before."""
 MEASURED_SIDE = 512
 """Longer side of the copy that is measured; smaller pictures are measured as they are."""

@@ -8,6 +8,7 @@ import sys
 import zlib
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -383,6 +384,37 @@ def test_reduced_pictures_say_the_same_of_the_file(tmp_path: Path, name: str) ->
     assert (reduced.notes, reduced.sha256, reduced.transparent) == (whole.notes, whole.sha256, whole.transparent)
     expected = np.asarray(whole.image.resize(reduced.image.size, Image.Resampling.BOX), dtype=int)
     assert np.abs(np.asarray(reduced.image, dtype=int) - expected).mean() < 4
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"exif": 6}, {"subsampling": 0}, {"keep_rgb": True}])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_the_luma_alone_is_that_of_the_whole_picture(tmp_path: Path, options: dict[str, Any], mode: str) -> None:
+    if "exif" in options:
+        exif = Image.Exif()
+        exif[0x0112] = options["exif"]
+        options = {"exif": exif}
+    scene().resize((1201, 900)).convert(mode).save(tmp_path / "a.jpg", quality=92, **options)
+    whole = read_picture(tmp_path / "a.jpg")
+    quick = read_picture(tmp_path / "a.jpg", longest=300, luma=True)
+    assert quick.full_size == whole.full_size == whole.image.size
+    assert max(quick.image.size) == 301
+    assert (quick.notes, quick.sha256, quick.jpeg_tables) == (whole.notes, whole.sha256, whole.jpeg_tables)
+    expected = whole.image.convert("L").resize(quick.image.size, Image.Resampling.BOX)
+    difference = np.abs(np.asarray(quick.image.convert("L"), dtype=int) - np.asarray(expected, dtype=int))
+    assert difference.mean() < 2
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
+def test_a_cut_jpeg_is_refused_however_it_is_read(tmp_path: Path, share: float) -> None:
+    scene().resize((1200, 900)).save(tmp_path / "whole.jpg")
+    data = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(data[: int(share * len(data))])
+    reasons = []
+    for options in ({}, {"longest": 300, "luma": True}):
+        with pytest.raises(DatasetError) as caught:
+            read_picture(tmp_path / "a.jpg", **options)
+        reasons.append(caught.value.why.partition("(")[0])
+    assert reasons[0] == reasons[1]
 
 
 def test_one_transparent_pixel_counts_in_a_reduced_picture(tmp_path: Path) -> None:
