@@ -9,7 +9,7 @@ demo: $(READY)
 	$(BIN)/lorasmith demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope
 
 lint: $(READY) build/typing/lorasmith
 	$(BIN)/ruff format --check .

@@ -13,9 +13,9 @@
     ├── TrainingError              the loss is not finite, or an optimizer cannot go on
     └── ExportError                the written LoRA does not prove to be what was trained
 
-Exit codes of the command line: 0 done · 1 an unexpected error · 2 wrong usage · 3 settings · 4 base model or
-captioner · 5 dataset · 6 hardware · 7 storage · 8 run locked · 9 training · 10 export · 130 stopped by the user with
-what was done saved.
+Exit codes of the command line: 0 done · 1 an unexpected error · 2 wrong usage · 3 settings · 4 base model, captioner ·
+5 dataset · 6 hardware · 7 storage · 8 run locked · 9 training · 10 export ·
+130 stopped by the user with a checkpoint saved.
 """
 
 from __future__ import annotations

@@ -103,6 +103,14 @@ class SafeDriver(LinuxDriver):
         finally:
             names["WriterThread"] = WriterThread
 
+    def _get_terminal_size(self) -> tuple[int, int]:
+        """Return columns and rows as the terminal has them; the base class believes an exported $COLUMNS for ever."""
+        try:
+            width, height = os.get_terminal_size(self.fileno)
+        except (OSError, ValueError):
+            return super()._get_terminal_size()
+        return width or 80, height or 24
+
     def _make_writer(self, file: IO[str]) -> SafeWriter:
         return SafeWriter(file, on_recovered=self._repaint, on_lost=self._tell_loss)
 

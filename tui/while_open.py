@@ -10,7 +10,7 @@ from textual.screen import Screen
 
 
 async def while_open(screen: Screen[Any], work: Coroutine[Any, Any, None]) -> None:
-    """Do the work of a screen that waits for a thread, and drop what it would show once the screen was left.
+    """Do the work of a screen that waits for a thread, and drop what it would show once the screen or app was left.
 
     Textual removes a screen's widgets before it cancels the screen's workers; one that wakes up in between finds
     nothing to show its result in, which would end the app.
@@ -18,5 +18,5 @@ async def while_open(screen: Screen[Any], work: Coroutine[Any, Any, None]) -> No
     try:
         await work
     except NoMatches:
-        if screen in screen.app.screen_stack:
+        if screen.app.is_running and screen in screen.app.screen_stack:
             raise

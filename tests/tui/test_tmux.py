@@ -165,7 +165,7 @@ def test_escape_sequences_and_markup_of_a_dataset_are_shown_and_never_obeyed(sta
     pane.wait_for("Go on with it:")
     pane.press("Enter")
     shown = wait_for_page(pane, "dataset")
-    pane.resize(120, 70)
+    pane.resize(170, 70)
     shown = pane.wait_for(lambda text: "Prompts as" in text and "Not used (1)" in text)
     for words in (
         "pictures ␛[2J[red]",

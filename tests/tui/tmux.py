@@ -121,6 +121,9 @@ def _environment(folder: Path) -> Mapping[str, str]:
         "PYTHONPATH": str(ROOT),
         "LC_ALL": "C.UTF-8",
         "COLORTERM": "truecolor",
+        # What a shell exported once says nothing about the pane: it is resized later.
+        "COLUMNS": "70",
+        "LINES": "20",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
