@@ -18,13 +18,13 @@ from textual.message import Message
 from textual.strip import Strip
 
 from lorasmith.tui.thumbnails import Thumbnails, Wish
-from lorasmith.tui.widgets.line import Painted, glyphs
+from lorasmith.tui.widgets.line import Drawn, glyphs
 from lorasmith.tui.widgets.picture import can_draw_pictures
 from lorasmith.tui.widgets.preview import GAP, len_cells
 from lorasmith.tui.widgets.tiles import TEXT_ROWS, USUAL_WIDTH, WIDTHS, Grid, Tile, lay_out, plan_for, plan_tiles
 
 
-class Gallery(Painted, can_focus=True):
+class Gallery(Drawn, can_focus=True):
     """Pictures to move through with the arrow keys; `Selected` tells which one is selected, `Opened` Enter on it."""
 
     DEFAULT_CSS = "Gallery { height: 1fr; width: 1fr; }"
@@ -80,7 +80,6 @@ class Gallery(Painted, can_focus=True):
         """The size that was chosen, of WIDTHS; None: what shows enough pictures."""
         self._top = 0
         self._rows: list[range] = []
-        self._strips: list[Strip] | None = None
         self._loaded = Thumbnails(self._tell_loaded)
 
     @property
@@ -177,16 +176,11 @@ class Gallery(Painted, can_focus=True):
 
     def on_focus(self) -> None:
         """Mark the selected picture as the one that keys are for."""
-        self._draw_anew()
+        self.draw_anew()
 
     def on_blur(self) -> None:
         """Mark the selected picture as one that keys are not for."""
-        self._draw_anew()
-
-    def notify_style_update(self) -> None:
-        """Draw anew in the new theme."""
-        super().notify_style_update()
-        self._strips = None
+        self.draw_anew()
 
     def _grid(self) -> Grid:
         width, height = self.size
@@ -216,25 +210,16 @@ class Gallery(Painted, can_focus=True):
         if grid.height and self.size.area:
             near = self._rows[self._top : self._top + 2 * grid.rows]
             self._loaded.want([self._wish(self.tiles[number], grid) for row in near for number in row])
-        self._draw_anew()
+        self.draw_anew()
 
     def _wish(self, tile: Tile, grid: Grid) -> Wish:
         return Wish(tile.path, grid.width, grid.height)
 
     def _tell_loaded(self) -> None:
-        self.call_later(self._draw_anew)  # from the loading thread: it only puts a message into the queue
+        self.call_later(self.draw_anew)  # from the loading thread: it only puts a message into the queue
 
-    def _draw_anew(self) -> None:
-        self._strips = None
-        self.refresh()
-
-    def render_line(self, y: int) -> Strip:
-        """Return row `y`, drawn once for all rows."""
-        if self._strips is None:
-            self._strips = self._draw()
-        return self._strips[y] if y < len(self._strips) else Strip.blank(self.size.width, self.rich_style)
-
-    def _draw(self) -> list[Strip]:
+    def draw(self) -> list[Strip]:
+        """Return all rows."""
         width, grid = self.size.width, self._grid()
         if not self.tiles:
             return [self.paint([(self.waiting, "dim")], width)]

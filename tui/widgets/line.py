@@ -64,6 +64,32 @@ class Painted(Widget):
         return strip.adjust_cell_length(width, plain)
 
 
+class Drawn(Painted):
+    """A painted widget that draws all of its rows at once, and keeps them until `draw_anew` or another theme."""
+
+    _strips: list[Strip] | None = None
+
+    def draw(self) -> list[Strip]:
+        """Return the rows; those that are missing at the end are blank."""
+        raise NotImplementedError
+
+    def draw_anew(self) -> None:
+        """Draw again, since something changed."""
+        self._strips = None
+        self.refresh()
+
+    def notify_style_update(self) -> None:
+        """Draw anew in the new theme."""
+        super().notify_style_update()
+        self._strips = None
+
+    def render_line(self, y: int) -> Strip:
+        """Return row `y`, drawn once for all rows."""
+        if self._strips is None:
+            self._strips = self.draw()
+        return self._strips[y] if y < len(self._strips) else Strip.blank(self.size.width, self.rich_style)
+
+
 class Line(Painted):
     """One row of text parts; `show` replaces it, right-aligned parts come after a gap that fills the row."""
 

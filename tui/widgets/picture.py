@@ -10,7 +10,7 @@ from textual.strip import Strip
 
 from lorasmith.tui.theme import limited_colors
 from lorasmith.tui.thumbnails import Cells, Thumbnails, Wish
-from lorasmith.tui.widgets.line import Painted, glyphs
+from lorasmith.tui.widgets.line import Drawn, glyphs
 from lorasmith.tui.widgets.preview import len_cells
 
 
@@ -19,7 +19,7 @@ def can_draw_pictures() -> bool:
     return glyphs().half_blocks and not limited_colors(os.environ)
 
 
-class Picture(Painted):
+class Picture(Drawn):
     """Shows one picture; it is drawn anew only when it is another one or the size changed.
 
     What keeps it from being shown is said in words, and so is a terminal that cannot draw pictures.
@@ -32,7 +32,6 @@ class Picture(Painted):
         super().__init__(id=id, classes=classes)
         self._path: Path | None = None
         self._caption = ""
-        self._strips: list[Strip] | None = None
         self._loaded = Thumbnails(self._tell_loaded, bound=8)
 
     def show(self, path: Path | None, caption: str = "") -> None:
@@ -50,11 +49,6 @@ class Picture(Painted):
         """Scale anew."""
         self._request()
 
-    def notify_style_update(self) -> None:
-        """Draw anew in the new theme."""
-        super().notify_style_update()
-        self._strips = None
-
     def _wish(self) -> Wish | None:
         height = self.size.height - (1 if self._caption else 0)
         if self._path is None or height < 1 or self.size.width < 1:
@@ -64,22 +58,13 @@ class Picture(Painted):
     def _request(self) -> None:
         wish = self._wish()
         self._loaded.want([wish] if wish is not None and can_draw_pictures() else [])
-        self._draw_anew()
+        self.draw_anew()
 
     def _tell_loaded(self) -> None:
-        self.call_later(self._draw_anew)  # from the loading thread: it only puts a message into the queue
+        self.call_later(self.draw_anew)  # from the loading thread: it only puts a message into the queue
 
-    def _draw_anew(self) -> None:
-        self._strips = None
-        self.refresh()
-
-    def render_line(self, y: int) -> Strip:
-        """Return row `y`, drawn once for all rows."""
-        if self._strips is None:
-            self._strips = self._draw()
-        return self._strips[y] if y < len(self._strips) else Strip.blank(self.size.width, self.rich_style)
-
-    def _draw(self) -> list[Strip]:
+    def draw(self) -> list[Strip]:
+        """Return all rows."""
         wish, width = self._wish(), self.size.width
         if wish is None:
             return []

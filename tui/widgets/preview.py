@@ -23,7 +23,7 @@ from textual.worker import Worker
 
 from lorasmith.engine.errors import LorasmithError
 from lorasmith.engine.events import PreviewReady
-from lorasmith.tui.widgets.line import Painted, glyphs
+from lorasmith.tui.widgets.line import Drawn, glyphs
 
 Pixels = npt.NDArray[np.uint8]
 GAP = 1
@@ -161,7 +161,7 @@ def _load(key: object, paths: Sequence[str], grid: Grid, half_blocks: bool) -> _
     return loaded
 
 
-class Preview(Painted, can_focus=True):
+class Preview(Drawn, can_focus=True):
     """The pictures of one step, as many side by side as the space shows well, and the selected one's path."""
 
     DEFAULT_CSS = "Preview { height: 1fr; width: 1fr; }"
@@ -174,7 +174,6 @@ class Preview(Painted, can_focus=True):
         self._previews: tuple[PreviewReady, ...] = ()
         self._loaded = _Loaded(None, {}, {})
         self._wanted: object = None
-        self._strips: list[Strip] | None = None
 
     def show(self, previews: tuple[PreviewReady, ...]) -> None:
         """Show the newest of `previews`, or what the user browsed to."""
@@ -193,11 +192,6 @@ class Preview(Painted, can_focus=True):
         """Scale anew."""
         self._request()
 
-    def notify_style_update(self) -> None:
-        """Draw anew in the new theme."""
-        super().notify_style_update()
-        self._strips = None
-
     def _grid(self) -> Grid:
         return plan_grid(len(self.browser.pictures), self.size.width, self.size.height - 2)
 
@@ -207,8 +201,7 @@ class Preview(Painted, can_focus=True):
         return self.browser.pictures[begin : begin + many]
 
     def _request(self) -> None:
-        self._strips = None
-        self.refresh()
+        self.draw_anew()
         if not self.size.area or not self.browser.pictures:
             return
         grid = self._grid()
@@ -224,16 +217,10 @@ class Preview(Painted, can_focus=True):
         loaded = await asyncio.to_thread(_load, key, paths, grid, glyphs().half_blocks)
         if key == self._wanted:
             self._loaded = loaded
-            self._strips = None
-            self.refresh()
+            self.draw_anew()
 
-    def render_line(self, y: int) -> Strip:
-        """Return row `y`, drawn once for all rows."""
-        if self._strips is None:
-            self._strips = self._draw()
-        return self._strips[y] if y < len(self._strips) else Strip.blank(self.size.width, self.rich_style)
-
-    def _draw(self) -> list[Strip]:
+    def draw(self) -> list[Strip]:
+        """Return all rows."""
         width, height = self.size
         blank = Strip.blank(width, self.rich_style)
         selected = self.browser.selected
