@@ -45,11 +45,16 @@ def write_contact_sheets(
 
 
 def sheet_order(items: Sequence[ImageItem], findings: Sequence[Finding]) -> list[ImageItem]:
-    """Return the pictures in the dataset's order, but after the first of a group the others of that group."""
+    """Return the pictures in the dataset's order, but after the first of a group the others of that group.
+
+    A group that is most of the dataset, such as one of two classes, changes nothing.
+    """
     by_name = {item.relative: item for item in items}
     groups: dict[str, list[str]] = defaultdict(list)
     for finding in findings:
         for group in finding.groups:
+            if len(group) > MAX_FOUND_BY_ONE * len(items):
+                continue
             for relative in group:
                 groups[relative].extend(group)
     placed: dict[str, ImageItem] = {}

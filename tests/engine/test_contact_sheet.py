@@ -59,6 +59,15 @@ def test_duplicates_stand_side_by_side(tmp_path: Path) -> None:
         assert any(red > green + 100 for _, (red, green, _) in label.convert("RGB").getcolors(10_000) or [])
 
 
+def test_a_class_of_most_pictures_pulls_no_duplicates_apart(tmp_path: Path) -> None:
+    dataset = colored(tmp_path)
+    names = [item.relative for item in dataset.items]
+    classes = finding("class-imbalance", (names[0],), (tuple(names[:1]), tuple(names[1:])))
+    same = finding("near-duplicates", (names[1], names[3]), ((names[1], names[3]),))
+    order = [item.relative for item in sheet_order(dataset.items, [classes, same])]
+    assert order == [names[0], names[1], names[3], names[2]]
+
+
 def test_a_picture_that_changed_or_went_away_leaves_an_empty_place(tmp_path: Path) -> None:
     dataset = colored(tmp_path)
     (tmp_path / "red.png").unlink()
