@@ -8,14 +8,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import median
 
-from lorasmith.engine.dataset.buckets import BucketPlan, Sample
+from lorasmith.engine.dataset.buckets import MAX_ENLARGEMENT, BucketPlan, Sample
 from lorasmith.engine.dataset.check_goals import Aim, aim_of
 from lorasmith.engine.dataset.findings import Action, CheckContext, Finding, counted
 from lorasmith.engine.dataset.items import Dataset, ImageItem, Measures
 from lorasmith.engine.dataset.measures import MEASURED_SIDE
 
-MAX_ENLARGED = 1.5
-"""Above this factor most of what is seen was invented by the resampling; a judgement."""
 ENLARGED = 1.01
 """Below this factor the enlargement is a rounding to the bucket's size."""
 MIN_SHARPNESS = 0.4
@@ -106,15 +104,15 @@ def _enlarged(pictures: Pictures, above: float, up_to: float) -> _Marked:
 
 
 def _too_small(pictures: Pictures) -> Finding | None:
-    marked = _enlarged(pictures, MAX_ENLARGED, math.inf)
+    marked = _enlarged(pictures, MAX_ENLARGEMENT, math.inf)
     count = len(marked.found)
     side = pictures.context.config.dataset.resolution
     return marked.told(
         Finding(
             "too-small",
             "warning",
-            f"{counted(count, 'picture is', 'pictures are')} enlarged more than {MAX_ENLARGED} times to be trained at "
-            f"{side} pixels.",
+            f"{counted(count, 'picture is', 'pictures are')} enlarged more than {MAX_ENLARGEMENT} times to be "
+            f"trained at {side} pixels.",
             f"Enlarged pictures are soft, and {pictures.aim.blurs}.",
             "Use larger originals, leave them out, or train at a lower dataset.resolution.",
             action=_leave_out(pictures, marked.names()),
@@ -123,14 +121,14 @@ def _too_small(pictures: Pictures) -> Finding | None:
 
 
 def _slightly_small(pictures: Pictures) -> Finding | None:
-    marked = _enlarged(pictures, ENLARGED, MAX_ENLARGED)
+    marked = _enlarged(pictures, ENLARGED, MAX_ENLARGEMENT)
     return marked.told(
         Finding(
             "enlarged",
             "note",
             f"{counted(len(marked.found), 'picture is', 'pictures are')} a little smaller than the training size and "
             "enlarged to it.",
-            f"Up to {MAX_ENLARGED} times this costs some sharpness and nothing else.",
+            f"Up to {MAX_ENLARGEMENT} times this costs some sharpness and nothing else.",
             "Use larger originals if you have them.",
         )
     )

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 MAX_REFUSALS = 200
 MAX_NOTES = 3
 MAX_TAGS = 6
-MAX_ENLARGED = 1.5
-"""Enlargement above which a picture teaches its blur; the row is marked."""
 
 
 def dataset_text(found: FoundDataset) -> Text:
@@ -72,12 +70,14 @@ def findings_text(findings: Sequence[Finding]) -> Text:
 
 def buckets_text(rows: Sequence[BucketRow]) -> Text:
     """Return the bucket table: size, pictures, uses and batches of an epoch, what is cut off, how much is enlarged."""
+    from lorasmith.engine.dataset.buckets import MAX_ENLARGEMENT
+
     text = Text()
     text.append("Size          pictures   uses  batches  cut off  enlarged\n", "bold")
     for row in rows:
         size = row.size.replace("x", " × ")
         enlarged = f"{row.scale:.2f}×" if row.scale > 1 else "–"
-        mark = " !" if row.scale > MAX_ENLARGED else ""
+        mark = " !" if row.scale > MAX_ENLARGEMENT else ""
         uses = f"{row.uses:g}"
         text.append(f"{size:<12}{row.pictures:>10}{uses:>7}{row.batches:>9}{row.crop_loss:>9.1%}{enlarged:>10}{mark}\n")
     text.append("Uses and batches are those of one epoch; cut off and enlarged are the worst of each size.", "dim")
