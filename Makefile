@@ -3,13 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint bench screenshots clean
+.PHONY: demo test faults lint bench screenshots clean
 
 demo: $(READY)
 	$(BIN)/lorasmith demo
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope
+
+# Every fault of tests/faults injected, not a sample of them; prints what was survived.
+faults: $(READY)
+	@mkdir -p build
+	$(BIN)/python -m pytest tests/faults --campaign --figures build/faults.json --numprocesses auto --maxprocesses 8 --timeout 1800
 
 lint: $(READY) build/typing/lorasmith
 	$(BIN)/ruff format --check .

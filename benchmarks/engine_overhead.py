@@ -102,14 +102,16 @@ class EngineLoop:
     def run(self, steps: int) -> None:
         """Train `steps` more steps."""
         from lorasmith.engine.trainer import Training
+        from lorasmith.engine.training_parts import TrainingParts
 
         train = self.learner.config.train
         train.steps = self.controls.step + steps
         sampler = self.sampler_type(self.emit, device="cpu")
         sampler.start()
         try:
-            training = Training(self.run_folder, self.learner.config, self, self.controls, self.learner, self.material)
-            assert training.run_steps()
+            config = self.learner.config
+            parts = TrainingParts(self.run_folder, config, self, self.controls, self.learner, self.material)
+            assert Training(parts).run_steps()
         finally:
             sampler.stop()
 

@@ -10,6 +10,9 @@ class Command(StrEnum):
 
     PAUSE = "pause"
     RESUME = "resume"
+    """Go on after a pause or out of the parking place."""
+    PARK = "park"
+    """Save a checkpoint, move everything off the card and wait; `RESUME` brings it back, exact to the bit."""
     SAVE_NOW = "save_now"
     PREVIEW_NOW = "preview_now"
     STOP = "stop"

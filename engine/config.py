@@ -43,6 +43,9 @@ class RunSettings(Section):
     """Folder in which the run folder is made; relative to the current folder."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
     """Every random choice of the run follows from this number."""
+    on_finish: Annotated[str, Field(max_length=2000)] = ""
+    """Command to start when the run has ended, such as `notify-send "LoRA ready"`; no shell. It finds the outcome in
+    LORASMITH_OUTCOME, LORASMITH_RUN, LORASMITH_STEP, LORASMITH_MESSAGE and LORASMITH_LORA. Empty: none."""
 
 
 class BaseSettings(Section):
@@ -172,6 +175,8 @@ class ScheduleSettings(Section):
     """Steps over which the learning rate rises from zero."""
     restarts: Annotated[int, Field(ge=1, le=100)] = 3
     """Number of cosine periods (`cosine_restarts` only)."""
+    start_step: Annotated[int, Field(ge=0, le=10_000_000)] = 0
+    """Step at which the shape, warm-up included, begins; `lorasmith runs extend` sets it to plan an old run anew."""
 
 
 class ObjectiveSettings(Section):
@@ -204,6 +209,16 @@ class TrainSettings(Section):
     """`auto`, `cpu`, `cuda`, or a GPU's UUID as `lorasmith doctor` lists it."""
     log_every: Annotated[int, Field(ge=1, le=1000)] = 10
     """Steps between two readings of the loss; reading waits for the GPU, so not every step."""
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Keep a running average of the LoRA's weights, which previews and the exported file then use; 0.99 averages over
+    about the last 100 steps. 0: off."""
+    loader_workers: Annotated[int, Field(ge=0, le=16)] = 0
+    """Threads that prepare batches ahead; 0: each batch is made when it is needed. The result is the same."""
+    deterministic: bool = False
+    """Use only GPU kernels that give the same bits each time; slower."""
+    not_finite: Literal["skip", "stop"] = "skip"
+    """A step whose loss or gradient is no number: leave it out, and give up at the third within twenty steps (`skip`),
+    or give up at once (`stop`). The last good state is restored and saved either way."""
 
 
 class CheckpointSettings(Section):

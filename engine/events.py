@@ -133,14 +133,23 @@ class ExportDone(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Paused(Event):
-    """Training waits for a command."""
+    """Training waits for a command; `reason` says in words why it paused by itself, empty where the user asked."""
 
     step: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parked(Event):
+    """Training waits with everything moved off the card: `freed_gib` of its memory are free for others."""
+
+    step: int
+    freed_gib: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resumed(Event):
-    """Training goes on after a pause."""
+    """Training goes on after a pause or out of the parking place."""
 
     step: int
 
@@ -151,6 +160,54 @@ class CommandReceived(Event):
 
     command: str
     step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotFinite(Event):
+    """The loss or gradient of `step` was no number and the step changed nothing; `files` are its pictures."""
+
+    step: int
+    what: Literal["loss", "gradient"]
+    files: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolledBack(Event):
+    """Weights and optimizer are as they were after `step`, the last finite state; `given_up` is the later step."""
+
+    step: int
+    given_up: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryReduced(Event):
+    """Memory ran out in `phase`, and one rung of the ladder was taken; the same work is tried again.
+
+    `change` says in words what is different from now on, e.g. "gradient checkpointing is on".
+    """
+
+    step: int
+    phase: str
+    change: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stalled(Event):
+    """The engine has shown no sign of life for `seconds`; `where` is what it is in, `stacks` a file with all stacks."""
+
+    step: int
+    seconds: float
+    where: str
+    stacks: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StallEnded(Event):
+    """The engine goes on after a stall of `seconds`."""
+
+    step: int
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)

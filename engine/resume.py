@@ -11,7 +11,8 @@ from lorasmith.engine.config import RunConfig
 from lorasmith.engine.errors import CheckpointError
 
 MAY_CHANGE = ("run.name", "run.output_folder", "dataset.folder", "dataset.more_folders",
-              "dataset.regularization_folder", "dataset.overlay", "train.device", "train.log_every", "previews.",
+              "dataset.regularization_folder", "dataset.overlay", "train.device", "train.log_every",
+              "train.loader_workers", "run.on_finish", "previews.",
               "checkpoints.", "export.")  # fmt: skip
 """Settings, or beginnings of settings, that a resumed run may have different: they do not alter what is learnt."""
 

@@ -24,6 +24,12 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 os.environ["LORASMITH_CACHE"] = tempfile.mkdtemp(prefix="lorasmith-test-cache-")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of `make faults` (`tests/faults/conftest.py`)."""
+    parser.addoption("--campaign", action="store_true", help="inject every fault, not a sample, and print the figures")
+    parser.addoption("--figures", default="", help="file for the figures of a campaign (JSON)")
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORASMITH_CACHE", str(tmp_path / "lorasmith-cache"))

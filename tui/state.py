@@ -10,17 +10,18 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import PurePath
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from lorasmith.engine import events
+from lorasmith.tui.event_words import describe_event
 
 Floats = npt.NDArray[np.float64]
 EventT = TypeVar("EventT", bound=events.Event)
 
+_WARNINGS = (events.NotFinite, events.RolledBack, events.MemoryReduced, events.Stalled)
 LOG_LINES = 500
 SPEED_WINDOW_STEPS = 200
 FIRST_CAPACITY = 256
@@ -132,6 +133,10 @@ class RunState:
     checkpoints: tuple[events.CheckpointSaved, ...] = ()
     exports: tuple[events.ExportDone, ...] = ()
     paused: bool = False
+    pause_reason: str = ""
+    parked: events.Parked | None = None
+    stalled: events.Stalled | None = None
+    not_finite: tuple[events.NotFinite, ...] = ()
     stopping: bool = False
     ended: events.RunEnded | None = None
 
@@ -170,6 +175,7 @@ def reduce(state: RunState, event: events.Event) -> RunState:
 
 
 Changes = dict[str, Any]
+_GOING_ON: Changes = {"paused": False, "pause_reason": "", "parked": None, "stalled": None}
 _CHANGES: dict[type[events.Event], Callable[[RunState, Any], Changes]] = {}
 
 
@@ -202,7 +208,8 @@ def _started(state: RunState, event: events.RunStarted) -> Changes:
         "previews": tuple(item for item in state.previews if item.step <= event.resumed_from),
         "checkpoints": tuple(item for item in state.checkpoints if item.step <= event.resumed_from),
         "exports": tuple(item for item in state.exports if item.step <= event.resumed_from),
-        "paused": False,
+        "not_finite": tuple(item for item in state.not_finite if item.step <= event.resumed_from),
+        **_GOING_ON,
         "stopping": False,
         "ended": None,
     }
@@ -265,12 +272,37 @@ def _export(state: RunState, event: events.ExportDone) -> Changes:
 
 @_on(events.Paused)
 def _paused(state: RunState, event: events.Paused) -> Changes:
-    return {"paused": True}
+    return {"paused": True, "pause_reason": event.reason}
+
+
+@_on(events.Parked)
+def _parked(state: RunState, event: events.Parked) -> Changes:
+    return {"paused": True, "pause_reason": "", "parked": event}
 
 
 @_on(events.Resumed)
 def _resumed(state: RunState, event: events.Resumed) -> Changes:
-    return {"paused": False}
+    return dict(_GOING_ON)
+
+
+@_on(events.Stalled)
+def _stalled(state: RunState, event: events.Stalled) -> Changes:
+    return {"stalled": event}
+
+
+@_on(events.StallEnded)
+def _stall_ended(state: RunState, event: events.StallEnded) -> Changes:
+    return {"stalled": None}
+
+
+@_on(events.NotFinite)
+def _not_finite(state: RunState, event: events.NotFinite) -> Changes:
+    return {"not_finite": (*state.not_finite, event)}
+
+
+@_on(events.RolledBack)
+def _rolled_back(state: RunState, event: events.RolledBack) -> Changes:
+    return {"step": event.step, "losses": state.losses.cut(event.step)}
 
 
 @_on(events.CommandReceived)
@@ -280,44 +312,7 @@ def _command(state: RunState, event: events.CommandReceived) -> Changes:
 
 @_on(events.RunEnded)
 def _ended(state: RunState, event: events.RunEnded) -> Changes:
-    return {"ended": event, "paused": False, "stopping": False}
-
-
-def describe_event(event: events.Event) -> str:
-    """Return the event as one plain line for a log, or "" for what a log leaves out (steps, gauges, progress)."""
-    match event:
-        case events.RunStarted(resumed_from=0):
-            return f"Run {event.run} started on {event.device}, {event.total_steps} steps"
-        case events.RunStarted():
-            return f"Run {event.run} resumed at step {event.resumed_from} of {event.total_steps} on {event.device}"
-        case events.StageChanged():
-            return event.label
-        case events.DatasetReady():
-            regular = f" ({event.regularization} of them for regularization)" if event.regularization else ""
-            return f"{event.images} pictures{regular}, {event.refused} refused"
-        case events.CheckpointSaved():
-            return f"Checkpoint of step {event.step} saved in {event.seconds:.1f} s: {_in_run(event.path)}"
-        case events.PreviewReady():
-            return f"Preview of step {event.step}: {_in_run(event.path)}"
-        case events.ExportDone():
-            proved = f"written and proved, {event.keys} keys ({event.layout})"
-            return f"LoRA of step {event.step} {proved}: {_in_run(event.path)}"
-        case events.Paused():
-            return f"Paused at step {event.step}"
-        case events.Resumed():
-            return f"Going on at step {event.step}"
-        case events.CommandReceived():
-            return f"Command at step {event.step}: {event.command.replace('_', ' ')}"
-        case events.Logged():
-            return event.message
-        case events.RunEnded():
-            return " ".join(part for part in (event.message, event.why, event.fix) if part)
-    return ""
-
-
-def _in_run(path: str) -> str:
-    """Return a result's path inside its run folder, such as `previews/step-00000050_p0_s1.png`."""
-    return "/".join(PurePath(path).parts[-2:])
+    return {"ended": event, "stopping": False, **_GOING_ON}
 
 
 def _log_line(event: events.Event) -> LogLine | None:
@@ -325,6 +320,8 @@ def _log_line(event: events.Event) -> LogLine | None:
     if not text:
         return None
     severity: events.Severity = event.severity if isinstance(event, events.Logged) else "info"
+    if isinstance(event, _WARNINGS):
+        severity = "warning"
     if isinstance(event, events.RunEnded) and event.outcome == "failed":
         severity = "error"
     return LogLine(event.time, severity, text)

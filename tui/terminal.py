@@ -282,7 +282,7 @@ def wait_headless(session: HostedRun, handlers: SignalHandlers, out: TextIO) -> 
 
 def _print_event(event: Event, out: TextIO) -> None:
     # Imported late: numpy is not needed before the first page is painted.
-    from lorasmith.tui.state import describe_event
+    from lorasmith.tui.event_words import describe_event
     from lorasmith.tui.text import safe_str
 
     text = describe_event(event)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lorasmith.engine import checkpoints, compute, run_setup, storage, trainer
+from lorasmith.engine import checkpoints, compute, finishing, run_setup, saving, storage
 from lorasmith.engine.adapters import attach_adapter
 from lorasmith.engine.commands import Command
 from lorasmith.engine.compute import choose_compute
@@ -226,7 +227,7 @@ def test_a_pause_does_not_count_as_training_time(tiny_sd15: Path, tmp_path: Path
     host = RecordingHost(at={1: [Command.PAUSE]})
 
     def wait(timeout: float) -> Command:
-        trainer.time.sleep(0.5)
+        time.sleep(0.5)
         return Command.RESUME
 
     host.wait_command = wait  # type: ignore[method-assign]
@@ -239,7 +240,7 @@ def test_a_preview_that_fails_is_a_warning(tiny_sd15: Path, tmp_path: Path, monk
     def broken(*_: object) -> None:
         raise RuntimeError("no decoder")
 
-    monkeypatch.setattr(trainer, "preview_conditionings", broken)
+    monkeypatch.setattr(finishing, "preview_conditionings", broken)
     _, host = run_training(tiny_config(tiny_sd15, tmp_path, previews={"every": 2}))
     assert "no decoder" in texts([e for e in host.of(Logged) if e.severity == "warning"])
     assert host.of(RunEnded)[0].outcome == "finished"
@@ -249,7 +250,7 @@ def test_a_sheet_that_fails_is_a_warning(tiny_sd15: Path, tmp_path: Path, monkey
     def broken(folder: Path) -> None:
         raise RuntimeError("no font")
 
-    monkeypatch.setattr(trainer, "build_run_sheet", broken)
+    monkeypatch.setattr(finishing, "build_run_sheet", broken)
     _, host = run_training(tiny_config(tiny_sd15, tmp_path))
     assert [event.message for event in host.of(Logged) if event.severity == "warning"] == [
         "No sheet of all previews: no font"
@@ -284,7 +285,7 @@ def test_a_save_that_fails_is_an_error_in_the_log_and_training_goes_on(
             raise storage.storage_error(folder / f"step-{step:08d}", 10**15, "No space left on device")
         return checkpoints.save_checkpoint(folder, step, tensors, state)
 
-    monkeypatch.setattr(trainer, "save_checkpoint", full)
+    monkeypatch.setattr(saving, "save_checkpoint", full)
     _, host = run_training(tiny_config(tiny_sd15, tmp_path, checkpoints={"every": 2}))
     assert tries == [2, 4, 4]
     errors = texts([event for event in host.of(Logged) if event.severity == "error"])
@@ -299,8 +300,8 @@ def test_where_the_last_save_fails_the_lora_is_still_exported_and_the_error_rais
     def full(folder: Path, *_: object) -> Path:
         raise storage.storage_error(folder, 10**15, "No space left on device")
 
-    monkeypatch.setattr(trainer, "save_checkpoint", full)
-    monkeypatch.setattr(trainer.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(saving, "save_checkpoint", full)
+    monkeypatch.setattr(saving.time, "sleep", lambda seconds: None)
     host = RecordingHost()
     with pytest.raises(StorageError, match="disk is full"):
         run_training(tiny_config(tiny_sd15, tmp_path), host)

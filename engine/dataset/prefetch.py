@@ -1,0 +1,1 @@
+"""Batches prepared ahead by threads."""

@@ -1,0 +1,1 @@
+"""A running average of the adapter's weights."""

@@ -1,0 +1,1 @@
+"""The user's own command at the end of a run."""

@@ -1,0 +1,1 @@
+"""A run that goes on with another plan: more steps or another rate, from the newest checkpoint."""

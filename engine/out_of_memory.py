@@ -1,0 +1,1 @@
+"""Whether an error means that memory ran out, on a card or on the machine. Torch-free."""

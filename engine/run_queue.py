@@ -1,0 +1,1 @@
+"""Several runs one after another, or one a GPU, surviving a restart."""

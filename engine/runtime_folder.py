@@ -1,0 +1,1 @@
+"""The private folder of this user's control sockets."""

@@ -1,0 +1,1 @@
+"""What is known about a start that ended without a word: killed, out of memory, power cut. Torch-free."""

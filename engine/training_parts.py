@@ -1,0 +1,38 @@
+"""What the parts of a running training share: where it writes, what it learns from, what learns, and who listens."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from lorasmith.engine.config import RunConfig
+from lorasmith.engine.controls import Controls, Host, RunPaths
+from lorasmith.engine.events import Event
+from lorasmith.engine.learner import Learner
+from lorasmith.engine.run_setup import Material
+from lorasmith.engine.step_meter import StepMeter
+
+
+@dataclass
+class TrainingParts:
+    """One training in memory; `controls.step` counts finished steps, `started` is in seconds since the epoch."""
+
+    run: RunPaths
+    config: RunConfig
+    host: Host
+    controls: Controls
+    learner: Learner
+    material: Material
+    started: float = field(default_factory=time.time)
+
+    def __post_init__(self) -> None:
+        self.meter = StepMeter(self.learner, self.host.emit)
+
+    @property
+    def step(self) -> int:
+        """Finished optimizer steps."""
+        return self.controls.step
+
+    def emit(self, event: Event) -> None:
+        """Tell `event` to whoever runs the training."""
+        self.host.emit(event)
