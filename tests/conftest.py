@@ -22,6 +22,8 @@ os.environ["DIFFUSERS_VERBOSITY"] = "error"
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # Set before any module reads it; each test then gets a folder of its own.
 os.environ["LORASMITH_CACHE"] = tempfile.mkdtemp(prefix="lorasmith-test-cache-")
+# Control sockets stay out of the user's own folder; the path is short, since a socket's has at most 107 bytes.
+os.environ["LORASMITH_RUNTIME"] = tempfile.mkdtemp(prefix="lst-")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
