@@ -1,33 +1,22 @@
-"""Run folders: where everything of one run lies, who works on it now, and what became of it.
+"""Run folders: where everything of one run lies, how a new one is made and an old one opened.
 
-"Running" is never stored: it means that a living process holds the lock, which the system lets go of when the process
-dies, however it dies. All other states are read from the journal.
+Who works on a run is told by `run_lock`, what became of it by `run_summary`.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import json
-import os
 import re
-import socket
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lorasmith.engine.dataset.overlay import append_edits, read_overlay
-from lorasmith.engine.errors import ConfigError, RunLockedError, StorageError
-from lorasmith.engine.events import CheckpointSaved, Event, RunEnded, RunStarted, StepsDone
-from lorasmith.engine.journal import replay
+from lorasmith.engine.errors import ConfigError, StorageError
 from lorasmith.engine.run_file import ResolvedConfig, load_run_file, resolve_config, to_toml
 from lorasmith.engine.storage import atomic_write
 
-State = Literal["running", "finished", "stopped", "failed", "interrupted", "not started"]
 MAX_NAME_BYTES = 150
-LOCK_TRIES = 10
-_SUMMARY_EVENTS = frozenset({"RunStarted", "StepsDone", "CheckpointSaved", "RunEnded"})
 
 
 @dataclass(frozen=True)
@@ -174,163 +163,3 @@ def _make_unique(output: Path, stem: str) -> Path:
             number += 1
         else:
             return path
-
-
-class RunLock:
-    """The exclusive right to work on a run, held until `release` or the end of the process.
-
-    Raises RunLockedError naming the holder, or StorageError where the file system cannot lock.
-    """
-
-    def __init__(self, run: RunFolder) -> None:
-        try:
-            self._fd = os.open(run.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            why = error.strerror or str(error)
-            raise StorageError(f"Cannot write {run.lock}.", why=why, fix="Check the folder's permissions.") from error
-        try:
-            self._take(run)
-        except BaseException:
-            os.close(self._fd)
-            raise
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, json.dumps(holder).encode(), 0)
-
-    def release(self) -> None:
-        """Let another process work on the run."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def _take(self, run: RunFolder) -> None:
-        for _ in range(LOCK_TRIES):
-            try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                # `lock_holder` of another process may hold it for a moment, only to look.
-                time.sleep(0.02)
-            except OSError as error:
-                raise _cannot_lock(run, error) from error
-            else:
-                return
-        raise _locked_error(run)
-
-
-def lock_holder(run: RunFolder) -> dict[str, Any] | None:
-    """Return who works on the run now ({} where unknown; keys pid, host, started), or None where nobody does."""
-    try:
-        fd = os.open(run.lock, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _read_holder(fd)
-    except OSError:
-        return None
-    else:
-        return None
-    finally:
-        os.close(fd)
-
-
-def _read_holder(fd: int) -> dict[str, Any]:
-    try:
-        holder = json.loads(os.pread(fd, 4096, 0))
-    except (OSError, ValueError):
-        return {}
-    return holder if isinstance(holder, dict) else {}
-
-
-def _locked_error(run: RunFolder) -> RunLockedError:
-    holder = lock_holder(run) or {}
-    why = "Which process it is cannot be read from the lock."
-    if holder:
-        started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(holder.get("started", 0))))
-        why = f"Process {holder.get('pid')} on {holder.get('host')} has worked on it since {started}."
-    return RunLockedError(
-        f"Another process trains in {run.path}.", why=why, fix="Wait for it, stop it, or start a new run."
-    )
-
-
-def _cannot_lock(run: RunFolder, error: OSError) -> StorageError:
-    unsupported = error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-    return StorageError(
-        f"Cannot lock {run.lock}.",
-        why="This file system does not support locks." if unsupported else error.strerror or str(error),
-        fix="Choose a run.output_folder on a local disk.",
-    )
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """What became of a run, as far as its lock and its journal tell.
-
-    `step` is the last journaled step, `checkpoint_step` the newest checkpoint's (None: none), `changed` the time of the
-    last change of the folder or of these events; `process` is the pid of a running one.
-    """
-
-    run: RunFolder
-    state: State
-    step: int = 0
-    total_steps: int = 0
-    checkpoint_step: int | None = None
-    changed: float = 0.0
-    message: str = ""
-    process: int | None = None
-
-    def describe(self) -> str:
-        """Return the state in words, e.g. "interrupted at step 120 of 300"."""
-        if self.state in ("finished", "not started"):
-            return self.state
-        of_total = f" of {self.total_steps}" if self.total_steps else ""
-        return f"{self.state} at step {self.step}{of_total}"
-
-
-def summarize_run(run: RunFolder) -> RunSummary:
-    """Derive the state of `run`; an unreadable journal is said in `message`, never raised."""
-    try:
-        # Asked before and after: a run that ends or starts while its journal is read must not look interrupted.
-        holder = lock_holder(run)
-        summary = RunSummary(run, "not started", changed=run.path.stat().st_mtime)
-        steps = None
-        for event in replay(run.journal, only=_SUMMARY_EVENTS):
-            if isinstance(event, StepsDone):
-                # Most lines are these, and only the last before another event counts.
-                steps = event
-                continue
-            summary, steps = _fold(_fold(summary, steps), event), None
-        summary = _fold(summary, steps)
-        if holder is None and summary.state == "interrupted":
-            holder = lock_holder(run)
-    except (StorageError, OSError) as error:
-        return RunSummary(run, "interrupted", message=str(error))
-    if holder is None:
-        return summary
-    pid = holder.get("pid")
-    return replace(summary, state="running", process=pid if isinstance(pid, int) else None)
-
-
-def _fold(summary: RunSummary, event: Event | None) -> RunSummary:
-    if event is None:
-        return summary
-    summary = replace(summary, changed=max(summary.changed, event.time))
-    if isinstance(event, RunStarted):
-        return replace(summary, state="interrupted", step=event.resumed_from, total_steps=event.total_steps, message="")
-    if isinstance(event, StepsDone):
-        return replace(summary, step=event.step)
-    if isinstance(event, CheckpointSaved):
-        return replace(summary, checkpoint_step=event.step)
-    if isinstance(event, RunEnded):
-        return replace(summary, state=event.outcome, step=event.step, message=event.message)
-    return summary
-
-
-def list_runs(output_folder: Path) -> list[RunSummary]:
-    """Return the runs in `output_folder`, the last changed first; an absent or unreadable folder has none."""
-    try:
-        folders = [path for path in output_folder.expanduser().absolute().iterdir() if (path / "run.toml").is_file()]
-    except OSError:
-        return []
-    return sorted((summarize_run(RunFolder(path)) for path in folders), key=lambda run: run.changed, reverse=True)

@@ -20,17 +20,10 @@ from lorasmith.engine.errors import EXIT_STOPPED, HardwareError, LorasmithError,
 from lorasmith.engine.events import CheckpointSaved, Event, ExportDone, HardwareSampled, Logged, RunEnded, RunStarted
 from lorasmith.engine.hardware import Sampler, resolve_device
 from lorasmith.engine.journal import Journal
-from lorasmith.engine.run_folder import (
-    RunFolder,
-    RunLock,
-    RunSummary,
-    create_run,
-    list_runs,
-    lock_holder,
-    open_run,
-    summarize_run,
-)
+from lorasmith.engine.run_folder import RunFolder, create_run, open_run
+from lorasmith.engine.run_lock import RunLock, lock_holder
 from lorasmith.engine.run_log import RunLog, plain_text, quiet_libraries
+from lorasmith.engine.run_summary import RunSummary, list_runs, summarize_run
 from lorasmith.engine.storage import is_disk_full
 
 __all__ = [

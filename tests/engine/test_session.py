@@ -39,6 +39,7 @@ from lorasmith.engine.events import (
 from lorasmith.engine.journal import replay
 from lorasmith.engine.run_file import Layer, ResolvedConfig, resolve_config
 from lorasmith.engine.run_folder import file_name
+from lorasmith.engine.run_lock import RunLock
 from lorasmith.engine.run_log import plain_text, quiet_libraries
 from lorasmith.engine.session import (
     RunFolder,
@@ -268,12 +269,12 @@ def test_a_killed_run_is_interrupted_and_can_be_started_again_at_once(
 def test_a_lock_that_is_only_looked_at_does_not_refuse_a_start(run: RunFolder) -> None:
     import fcntl
 
-    lock = run_folder_module.RunLock(run)
+    lock = RunLock(run)
     lock.release()
     looking = os.open(run.lock, os.O_RDONLY)
     fcntl.flock(looking, fcntl.LOCK_SH)
     threading.Timer(0.06, os.close, [looking]).start()
-    run_folder_module.RunLock(run).release()
+    RunLock(run).release()
 
 
 # The engine's side
