@@ -155,9 +155,16 @@ class ControlServer:
         if len(line) > MAX_REQUEST_BYTES:
             self._reply(client, _refusal(f"A request has at most {MAX_REQUEST_BYTES} bytes."))
         elif newline:
-            self._reply(client, self._answer(line))
+            self._reply(client, self._answer_safely(line))
         elif not data:
             self._drop(client)
+
+    def _answer_safely(self, line: bytes) -> dict[str, Any]:
+        try:
+            return self._answer(line)
+        except Exception as error:
+            logger.exception("a request failed")
+            return _refusal(f"It failed here: {type(error).__name__}: {error}")
 
     def _answer(self, line: bytes) -> dict[str, Any]:
         try:
@@ -275,7 +282,9 @@ def _unreachable(run: RunFolder, problem: OSError | None) -> ConfigError | Stora
     )
 
 
-def _no_answer(run: RunFolder, timeout: float) -> StorageError:
+def _no_answer(run: RunFolder, timeout: float) -> ConfigError | StorageError:
+    if lock_holder(run) is None:
+        return _unreachable(run, None)
     return StorageError(
         f"The process of the run {run.name} did not answer within {timeout:g} s.",
         why="It is very busy, stopped or about to end.",
