@@ -11,7 +11,7 @@ from lorasmith.engine.lora_metadata import dataset_facts
 from lorasmith.engine.preview_sheet import build_run_sheet
 from lorasmith.engine.previews import draw_previews
 from lorasmith.engine.run_setup import preview_conditionings
-from lorasmith.engine.saving import Saver, require_finite_weights
+from lorasmith.engine.saving import Saver, require_finite_weights, wait_for_disk
 from lorasmith.engine.training_parts import TrainingParts
 
 
@@ -21,9 +21,10 @@ def draw(parts: TrainingParts) -> None:
     family, adapter = parts.learner.family, parts.learner.adapter
     adapter.train(False)
     try:
-        prompts = preview_conditionings(parts.learner, parts.material)
-        stop = parts.controls.stop_wanted
-        draw_previews(family, adapter, parts.config, prompts, parts.run.previews, parts.step, parts.emit, stop)
+        with parts.learner.averaged():
+            prompts = preview_conditionings(parts.learner, parts.material)
+            stop = parts.controls.stop_wanted
+            draw_previews(family, adapter, parts.config, prompts, parts.run.previews, parts.step, parts.emit, stop)
     except Exception as error:
         parts.emit(Logged(severity="warning", message=f"No previews at step {parts.step}: {error}"))
     finally:
@@ -31,22 +32,50 @@ def draw(parts: TrainingParts) -> None:
 
 
 def finish(parts: TrainingParts, saver: Saver) -> None:
-    """Save, draw and export the finished LoRA; the export is tried even where the save failed."""
+    """Save, draw and export the finished LoRA; where the disk refuses, wait for it, so that nothing trained is lost.
+
+    The export, which is smaller, is tried even while the save is refused. Raises StorageError where the user stops the
+    run before the disk took both.
+    """
     parts.emit(StageChanged(stage="finish", label="Saving and exporting"))
-    failed: StorageError | None = None
-    try:
-        saver.save_finally()
-    except StorageError as error:
-        failed = error
-        parts.emit(Logged(severity="error", message=str(error)))
+    unsaved = saver.save_at_end()
     if parts.config.previews.every:
         draw(parts)
     _build_sheet(parts)
-    _export(parts)
-    if failed:
-        raise failed
+    unexported = _export_or_wait(parts)
+    if unsaved and not unexported:
+        unsaved = saver.wait_until_saved(unsaved)
+    if unsaved or unexported:
+        raise _unfinished(parts.step, unsaved, unexported)
     message = f"Training finished after {parts.step} steps."
     parts.emit(RunEnded(outcome="finished", step=parts.step, message=message))
+
+
+def _export_or_wait(parts: TrainingParts) -> StorageError | None:
+    """Export; where the disk refuses, pause until it takes the file. Return the error where the user stopped that."""
+    try:
+        _export(parts)
+    except StorageError as error:
+        parts.emit(Logged(severity="error", message=str(error)))
+        return wait_for_disk(parts, error, lambda: _export(parts))
+    return None
+
+
+def _unfinished(step: int, unsaved: StorageError | None, unexported: StorageError | None) -> StorageError:
+    """Return the error of a finished training of which the disk did not take everything."""
+    error = unexported or unsaved
+    assert error is not None
+    why = f"{error.what} {error.why}".strip()
+    if unexported and unsaved:
+        what = f"The training of {step} steps is done, but neither its checkpoint nor its LoRA file could be written."
+        fix = f"{error.fix} Then resume the run: it trains the steps since its newest checkpoint again."
+    elif unexported:
+        what = f"The training of {step} steps is done and saved, but its LoRA file could not be written."
+        fix = f"{error.fix} Then resume the run, or use `lorasmith export`: nothing is trained again."
+    else:
+        what = f"The LoRA of {step} steps is written, but the checkpoint of the last step could not be saved."
+        fix = f"{error.fix} The file can be used; only training it further starts from an older checkpoint."
+    return StorageError(what, why=why, fix=fix)
 
 
 def _build_sheet(parts: TrainingParts) -> None:
@@ -72,7 +101,8 @@ def _export(parts: TrainingParts) -> None:
     )
     family, adapter = learner.family, learner.adapter
     adapter.train(False)
-    results = export_lora(family, adapter, config, parts.run.export, config.run.name, metadata, step)
+    with learner.averaged():
+        results = export_lora(family, adapter, config, parts.run.export, config.run.name, metadata, step)
     for result in results:
         parts.emit(
             ExportDone(step=step, path=str(result.path), layout=result.layout, keys=result.keys, bytes=result.bytes)

@@ -7,12 +7,13 @@ save → verify → prune → preview.
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 from lorasmith.engine.adapters import attach_adapter
 from lorasmith.engine.checkpoints import Checkpoint
 from lorasmith.engine.commands import Command
-from lorasmith.engine.compute import choose_compute, engine_threads, freeze_garbage
+from lorasmith.engine.compute import choose_compute, deterministic_kernels, engine_threads, freeze_garbage
 from lorasmith.engine.config import RunConfig
 from lorasmith.engine.controls import Controls, Host, RunPaths
 from lorasmith.engine.dataset.captions import require_trigger
@@ -33,10 +34,10 @@ def train(run: RunPaths, config: RunConfig, host: Host) -> None:
 
     Ends with RunEnded (finished or stopped); every failure is raised as a LorasmithError, for the host to tell.
     """
-    with engine_threads():
+    warnings: list[str] = []
+    with engine_threads(), deterministic_kernels(config.train.deterministic, warnings.append):
         require_trigger(config.captions)
         compute = choose_compute(config.train)
-        warnings: list[str] = []
         checkpoint = find_checkpoint(run.checkpoints, config, warnings.append)
         announce(run, config, host, compute, checkpoint, warnings)
         require_space(config, run, 0)
@@ -53,11 +54,12 @@ def train(run: RunPaths, config: RunConfig, host: Host) -> None:
             host.emit(_stopped(controls.step, "Stopped before the first step; nothing is lost."))
             return
 
-        training = Training(TrainingParts(run, config, host, controls, learner, material))
-        training.resume(checkpoint)
-        freeze_garbage()
-        if training.run_steps():
-            finish(training.parts, training.saver)
+        with contextlib.closing(learner):
+            training = Training(TrainingParts(run, config, host, controls, learner, material))
+            training.resume(checkpoint)
+            freeze_garbage()
+            if training.run_steps():
+                finish(training.parts, training.saver)
 
 
 class Training:
@@ -77,7 +79,7 @@ class Training:
                 why="A picture, caption or mask was added, removed or edited.",
                 fix="Put the dataset back as it was, or start a new run.",
             )
-        tensors = {name: checkpoint.tensors(name) for name in ("adapter", "optimizer")}
+        tensors = {name: checkpoint.tensors(name) for name in self.parts.learner.group_names()}
         self.parts.learner.load_state(tensors, checkpoint.state["learner"])
         self.saver.saved_step = checkpoint.step
 
@@ -109,6 +111,8 @@ class Training:
         save = self._due(parts.config.checkpoints.every, Command.SAVE_NOW) and not last
         preview = self._due(parts.config.previews.every, Command.PREVIEW_NOW) and not last
         if not (save or preview or controls.paused):
+            if self.saver.save_refused():
+                parts.meter.start()
             return
         if save:
             self.saver.save()

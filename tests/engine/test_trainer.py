@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lorasmith.engine import checkpoints, compute, finishing, run_setup, saving, storage
+from lorasmith.engine import compute, finishing, run_setup, storage
 from lorasmith.engine.adapters import attach_adapter
 from lorasmith.engine.commands import Command
 from lorasmith.engine.compute import choose_compute
@@ -272,41 +272,6 @@ def test_layers_that_training_left_unchanged_are_told(
     _, host = run_training(tiny_config(tiny_sd15, tmp_path, export={"layouts": ["kohya", "diffusers"]}))
     told = [event.message for event in host.of(Logged) if "unchanged" in event.message]
     assert told == ["1 of 32 adapted layers was left unchanged by training."]
-
-
-def test_a_save_that_fails_is_an_error_in_the_log_and_training_goes_on(
-    tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tries: list[int] = []
-
-    def full(folder: Path, step: int, tensors: Any, state: Any) -> Path:
-        tries.append(step)
-        if len(tries) in (1, 2):
-            raise storage.storage_error(folder / f"step-{step:08d}", 10**15, "No space left on device")
-        return checkpoints.save_checkpoint(folder, step, tensors, state)
-
-    monkeypatch.setattr(saving, "save_checkpoint", full)
-    _, host = run_training(tiny_config(tiny_sd15, tmp_path, checkpoints={"every": 2}))
-    assert tries == [2, 4, 4]
-    errors = texts([event for event in host.of(Logged) if event.severity == "error"])
-    assert "disk is full" in errors
-    assert "step-00000002 (1000000000000000 bytes needed" in errors
-    assert host.of(RunEnded)[0].outcome == "finished"
-
-
-def test_where_the_last_save_fails_the_lora_is_still_exported_and_the_error_raised(
-    tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(folder: Path, *_: object) -> Path:
-        raise storage.storage_error(folder, 10**15, "No space left on device")
-
-    monkeypatch.setattr(saving, "save_checkpoint", full)
-    monkeypatch.setattr(saving.time, "sleep", lambda seconds: None)
-    host = RecordingHost()
-    with pytest.raises(StorageError, match="disk is full"):
-        run_training(tiny_config(tiny_sd15, tmp_path), host)
-    assert len(host.of(ExportDone)) == 1
-    assert not host.of(RunEnded)
 
 
 def test_weights_that_are_no_numbers_end_the_run_and_are_never_written(
