@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.faults.fault_server import FaultServer, why_impossible
 
 Figure = tuple[int, str, str]
 
@@ -28,6 +30,20 @@ def record(request: pytest.FixtureRequest) -> Callable[[int, str, str], None]:
         request.node.user_properties.append(("figure", (promise, name, value)))
 
     return add
+
+
+@pytest.fixture(scope="session")
+def faults() -> Iterator[FaultServer]:
+    """The process that runs scenarios with a fault in them (`fault_server.py` says how)."""
+    if reason := why_impossible():
+        pytest.skip(reason)
+    server = FaultServer()
+    try:
+        if server.problem:
+            pytest.skip(server.problem)
+        yield server
+    finally:
+        server.close()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
