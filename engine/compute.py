@@ -7,14 +7,14 @@ import functools
 import gc
 import importlib.metadata
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from accelerate.utils import get_grad_scaler, is_bf16_available
 
 from lorasmith.engine.config import TrainSettings
-from lorasmith.engine.errors import HardwareError
+from lorasmith.engine.errors import HardwareError, TrainingError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PACKAGES = (
@@ -28,6 +28,9 @@ PACKAGES = (
     "bitsandbytes",
     "pytorch-optimizer",
 )
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+_SAME_EACH_TIME = (":4096:8", ":16:8")
+"""The two workspaces with which cuBLAS gives the same bits each time, by its manual."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,40 @@ def engine_threads() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+@contextlib.contextmanager
+def deterministic_kernels(wanted: bool, on_warning: Callable[[str], None]) -> Iterator[None]:
+    """Let torch use only kernels that give the same bits each time while the block runs, where it is `wanted`.
+
+    The switches are the process's own, so they are put back for its next run. cuBLAS reads its workspace when CUDA
+    starts: the variable stays set, and where CUDA has started without it `on_warning` is told. Raises TrainingError
+    where an operation has no such kernel.
+    """
+    if not wanted:
+        yield
+        return
+    _fix_cublas_workspace(on_warning)
+    cudnn, filling = torch.backends.cudnn, torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    flags = cudnn.deterministic, cudnn.benchmark, filling.fill_uninitialized_memory  # type: ignore[attr-defined]
+    try:
+        torch.use_deterministic_algorithms(True)
+        cudnn.deterministic, cudnn.benchmark = True, False
+        # Fills each new tensor, to make reading it too early repeatable; costs time, and nothing here reads too early.
+        filling.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise TrainingError(
+            "One operation of this base model has no kernel that gives the same bits each time.",
+            why=str(error).partition(". ")[0] + ".",
+            fix="Set train.deterministic to false.",
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        cudnn.deterministic, cudnn.benchmark, filling.fill_uninitialized_memory = flags  # type: ignore[attr-defined]
 
 
 def freeze_garbage() -> None:
@@ -96,6 +133,17 @@ def package_versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def _fix_cublas_workspace(on_warning: Callable[[str], None]) -> None:
+    if os.environ.get(_CUBLAS) in _SAME_EACH_TIME:
+        return
+    os.environ[_CUBLAS] = _SAME_EACH_TIME[0]
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        on_warning(
+            "Another run has started the GPU in this process already: train.deterministic may not hold in full. Start "
+            f"lorasmith anew for this run, or with {_CUBLAS}={_SAME_EACH_TIME[0]} in its environment."
+        )
 
 
 def _choose_device(wanted: str) -> torch.device:

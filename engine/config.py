@@ -176,7 +176,8 @@ class ScheduleSettings(Section):
     restarts: Annotated[int, Field(ge=1, le=100)] = 3
     """Number of cosine periods (`cosine_restarts` only)."""
     start_step: Annotated[int, Field(ge=0, le=10_000_000)] = 0
-    """Step at which the shape, warm-up included, begins; `lorasmith runs extend` sets it to plan an old run anew."""
+    """Step after which the shape, warm-up included, begins; until then the rate is full. `lorasmith runs extend` sets
+    it to plan the rest of a run anew."""
 
 
 class ObjectiveSettings(Section):
@@ -211,7 +212,7 @@ class TrainSettings(Section):
     """Steps between two readings of the loss; reading waits for the GPU, so not every step."""
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Keep a running average of the LoRA's weights, which previews and the exported file then use; 0.99 averages over
-    about the last 100 steps. 0: off."""
+    about the last 100 steps. Checkpoints hold both. 0: off."""
     loader_workers: Annotated[int, Field(ge=0, le=16)] = 0
     """Threads that prepare batches ahead; 0: each batch is made when it is needed. The result is the same."""
     deterministic: bool = False
@@ -304,13 +305,26 @@ def contradictions(config: RunConfig) -> list[str]:
         problems.append(
             f"dataset.weights has {weights} numbers for {folders} datasets; give one for each, dataset.folder first"
         )
-    if config.schedule.warmup_steps >= config.train.steps:
-        problems.append("schedule.warmup_steps must be smaller than train.steps, or the full rate is never reached")
+    problems += _schedule_problems(config)
     if config.captions.trigger and not config.captions.trigger.strip():
         problems.append("captions.trigger is blank; give a word such as zqx, or remove the setting")
     if "," in config.captions.trigger:
         problems.append("captions.trigger must not contain a comma, since commas separate tags")
     return problems
+
+
+def _schedule_problems(config: RunConfig) -> list[str]:
+    start, warmup, steps = config.schedule.start_step, config.schedule.warmup_steps, config.train.steps
+    if start >= steps:
+        return [f"schedule.start_step ({start}) must be smaller than train.steps ({steps}): the schedule never begins"]
+    if warmup < steps - start:
+        return []
+    if not start:
+        return ["schedule.warmup_steps must be smaller than train.steps, or the full rate is never reached"]
+    return [
+        f"schedule.warmup_steps ({warmup}) must be smaller than the {steps - start} steps after schedule.start_step, "
+        "or the full rate is never reached"
+    ]
 
 
 def _is_file_name(name: str) -> bool:

@@ -6,8 +6,9 @@ many at once. No events, no files and no commands, so that a benchmark or a test
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from lorasmith.engine.adapters import Adapter
 from lorasmith.engine.compute import build_scaler
 from lorasmith.engine.config import RunConfig
 from lorasmith.engine.dataset.loader import Batch, Loader
+from lorasmith.engine.dataset.prefetch import Prefetcher
 from lorasmith.engine.draws import draw_key
+from lorasmith.engine.ema import WeightAverage
 from lorasmith.engine.families import Conditioning, Family
 from lorasmith.engine.lr_schedules import lr_factor
 from lorasmith.engine.objectives import DdpmObjective, build_objective, weighted_loss
@@ -38,7 +41,8 @@ class Learner:
     """Everything that a step needs.
 
     `conditionings` holds cached prompts; None where the text encoder stays in memory and encodes them as they come:
-    because it is trained, or because there are too many.
+    because it is trained, or because there are too many. `average` is there where `train.ema_decay` asks for it.
+    `memory` is JSON-ready and comes back after a resume: what the memory ladder changed.
     """
 
     family: Family
@@ -49,6 +53,15 @@ class Learner:
     conditionings: Mapping[str, Conditioning] | None
     config: RunConfig
     scaler: torch.amp.GradScaler | None
+    average: WeightAverage | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Take the batches from threads where the settings ask for it."""
+        train = self.config.train
+        end = train.steps * train.gradient_accumulation
+        pin = self.family.device.type == "cuda"
+        self.batches = Prefetcher(self.loader, train.loader_workers, end=end, pin=pin)
 
     def run_step(self, step: int) -> tuple[Tensor, Tensor]:
         """Do the optimizer step that follows `step` finished ones.
@@ -60,7 +73,7 @@ class Learner:
         num_micro = train.gradient_accumulation
         losses = []
         for part in range(num_micro):
-            batch = self.loader.batch(step * num_micro + part)
+            batch = self.batches.batch(step * num_micro + part)
             if self.adapter.dropouts:
                 torch.manual_seed(draw_key(seed, "dropout", step, part))
             loss = self.batch_loss(batch, step, part * train.batch_size)
@@ -68,6 +81,8 @@ class Learner:
             (self.scaler.scale(scaled) if self.scaler else scaled).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
         norm = self._update()
+        if self.average:
+            self.average.update(step)
         return (losses[0] if num_micro == 1 else torch.stack(losses).mean()), norm
 
     def batch_loss(self, batch: Batch, step: int, first: int) -> Tensor:
@@ -84,17 +99,52 @@ class Learner:
         return weighted_loss(prediction, noisy)
 
     def state(self) -> tuple[TensorGroups, dict[str, Any]]:
-        """Return what a resume needs as tensors on the CPU by group name and a JSON-ready rest."""
+        """Return what a resume needs: tensors on the CPU by the names of `group_names`, and a JSON-ready rest."""
         tensors, rest = optimizer_tensors(self.optimizer)
+        groups = {"adapter": self.adapter.state_dict(), "optimizer": tensors}
+        if self.average:
+            with self.average.in_place():
+                groups["ema"] = self.adapter.state_dict()
         scaler = self.scaler.state_dict() if self.scaler else None
-        return {"adapter": self.adapter.state_dict(), "optimizer": tensors}, {"optimizer": rest, "scaler": scaler}
+        return groups, {"optimizer": rest, "scaler": scaler, "memory": dict(self.memory)}
+
+    def group_names(self) -> tuple[str, ...]:
+        """Return the names of the groups of tensors in `state`."""
+        return ("adapter", "optimizer", "ema") if self.average else ("adapter", "optimizer")
 
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], rest: Mapping[str, Any]) -> None:
-        """Continue from what `state` returned; raises CheckpointError where it belongs to another run."""
+        """Continue from what `state` returned; raises CheckpointError where it belongs to another run.
+
+        Checkpoints of older versions lack the newer parts of the rest.
+        """
         self.adapter.load_state_dict(tensors["adapter"])
+        if self.average:
+            with self.average.in_place():
+                self.adapter.load_state_dict(tensors["ema"])
         load_optimizer(self.optimizer, tensors["optimizer"], rest["optimizer"])
         if self.scaler and rest["scaler"]:
             self.scaler.load_state_dict(rest["scaler"])
+        self.memory = dict(rest.get("memory") or {})
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Let the adapter hold its averaged weights inside, for previews and export; nothing without an average.
+
+        Afterwards it holds the raw ones again, bit for bit.
+        """
+        with self.average.in_place() if self.average else contextlib.nullcontext():
+            yield
+
+    def all_finite(self) -> bool:
+        """Tell whether no weight, raw or averaged, is NaN or infinite; waits for the device."""
+        if not self.adapter.all_finite():
+            return False
+        with self.averaged():
+            return self.adapter.all_finite()
+
+    def close(self) -> None:
+        """End the threads that prepare batches."""
+        self.batches.close()
 
     def learning_rate(self) -> float:
         """Return the rate of the last step's first parameter group."""
@@ -142,6 +192,7 @@ def build_learner(
         conditionings=conditionings,
         config=config,
         scaler=build_scaler(family.device, family.dtype),
+        average=WeightAverage(adapter.parameters(), decay) if (decay := config.train.ema_decay) else None,
     )
 
 

@@ -10,9 +10,13 @@ from lorasmith.engine.config import ScheduleSettings
 def lr_factor(settings: ScheduleSettings, step: int, total: int) -> float:
     """Return what the learning rate is multiplied by in the step that follows `step` finished ones of `total`.
 
-    Warm-up rises in equal parts and reaches 1 with its last step. The falling shapes would reach 0 after the last
-    step, so that every step still learns. Cosine with restarts: Loshchilov & Hutter, arXiv:1608.03983.
+    The shape lives on the steps from `settings.start_step` to `total`; before them the rate is full. Warm-up rises in
+    equal parts and reaches 1 with its last step. The falling shapes would reach 0 after the last step, so that every
+    step still learns. Cosine with restarts: Loshchilov & Hutter, arXiv:1608.03983.
     """
+    step, total = step - settings.start_step, total - settings.start_step
+    if step < 0:
+        return 1.0
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
     done = (step - settings.warmup_steps) / max(1, total - settings.warmup_steps)

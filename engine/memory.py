@@ -92,8 +92,9 @@ def forecast_peak(
     """Return the estimated peak of a training step in GiB, or None, and what it rests on.
 
     `parameters` are the adapter's, `pixels` those of the largest picture.
-    context + 16-bit weights + LoRA (weights, gradients, optimizer) + activations per pixel × batch, then 5 % + 0.6 GiB:
-    on 11 published points that margin covered 10. The constant holds for one architecture, size and adapter kind.
+    context + 16-bit weights + LoRA (weights, gradients, average, optimizer) + activations per pixel × batch, then
+    5 % + 0.6 GiB: on 11 published points that margin covered 10. The constant holds for one architecture, size
+    and adapter kind.
     """
     unknown = "not forecast for these settings; watch the gauge in the first steps, which shows the measured use"
     if spec is None or files is None:
@@ -107,7 +108,8 @@ def forecast_peak(
     activations = measured[config.train.gradient_checkpointing] / 1024 * pixels / 1e6 * config.train.batch_size
     if config.adapter.targets == "attention-mlp":
         activations *= _MLP_FACTOR
-    lora = parameters * (8 + storage.OPTIMIZER_BYTES[config.optimizer.name]) / GIB
+    average = 4 if config.train.ema_decay else 0
+    lora = parameters * (8 + average + storage.OPTIMIZER_BYTES[config.optimizer.name]) / GIB
     peak = (_CONTEXT_GIB + weights * 2 / GIB + lora + activations) * _SLACK + _SLACK_GIB
     return round(peak, 1), (
         "an estimate from published measurements for 16-bit training with encoders released; "

@@ -19,6 +19,8 @@ from lorasmith.engine.config import AdapterSettings, OptimizerSettings
 from lorasmith.engine.errors import CheckpointError
 
 _TENSOR = "tensor"
+_SETTINGS = ("name", "base_lr", "weight_decay")
+"""What a group has from the run's settings, not from training: an extended run's may differ from its checkpoint's."""
 
 
 def parameter_groups(adapter: Adapter, settings: OptimizerSettings, text_encoder_rate: float) -> list[dict[str, Any]]:
@@ -129,6 +131,8 @@ def _merge_group(fresh: dict[str, Any], saved: Mapping[str, Any], tensors: Mappi
     """Return `fresh` with the saved values; JSON has no tuples, so the fresh group says where one belongs."""
     group = dict(fresh)
     for key, packed in saved.items():
+        if key in _SETTINGS:
+            continue
         value = _unpack(packed, tensors)
         group[key] = tuple(value) if isinstance(fresh.get(key), tuple) else value
     return group

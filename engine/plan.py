@@ -180,14 +180,15 @@ def _adapter_sizes(config: RunConfig, shapes: memory.Shapes | None, parameters: 
     if shapes is None or parameters is None:
         names = ("adapter_parameters", "adapter_modules", "checkpoint_bytes", "export_bytes", "disk_needed_bytes")
         return dict.fromkeys(names)
+    checkpoint = storage.checkpoint_bytes(parameters, config.optimizer.name, averaged=config.train.ema_decay > 0)
     return {
         "adapter_parameters": parameters,
         "adapter_modules": len(shapes),
-        "checkpoint_bytes": storage.checkpoint_bytes(parameters, config.optimizer.name),
+        "checkpoint_bytes": checkpoint,
         "export_bytes": _export_bytes(config, len(shapes), parameters),
         "disk_needed_bytes": storage.planned_bytes(
             parameters,
-            optimizer=config.optimizer.name,
+            checkpoint=checkpoint,
             keep=_num_checkpoints(config),
             num_layouts=len(set(config.export.layouts)),
             export_precision=config.export.precision,

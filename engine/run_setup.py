@@ -27,7 +27,7 @@ from lorasmith.engine.families import BaseIdentity, Conditioning, Family, Family
 from lorasmith.engine.learner import Learner, build_learner
 from lorasmith.engine.previews import preview_prompts
 from lorasmith.engine.sources import BaseFiles, locate_base
-from lorasmith.engine.storage import planned_bytes, require_writable
+from lorasmith.engine.storage import checkpoint_bytes, planned_bytes, require_writable
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def require_space(config: RunConfig, run: RunPaths, num_parameters: int) -> None
         pictures = each * (config.train.steps // config.previews.every + 1)
     needed = planned_bytes(
         num_parameters,
-        optimizer=config.optimizer.name,
+        checkpoint=checkpoint_bytes(num_parameters, config.optimizer.name, averaged=config.train.ema_decay > 0),
         keep=min(config.checkpoints.keep, 1 + config.train.steps // (config.checkpoints.every or config.train.steps)),
         num_layouts=len(layouts),
         export_precision=config.export.precision,

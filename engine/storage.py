@@ -144,16 +144,22 @@ def is_disk_full(error: OSError | str) -> bool:
     return "No space left" in error or "os error 28" in error or "quota exceeded" in error.lower()
 
 
-def checkpoint_bytes(num_parameters: int, optimizer: str) -> int:
-    """Return how large one checkpoint of `num_parameters` trained numbers becomes at most."""
-    return int(num_parameters * (4 + OPTIMIZER_BYTES[optimizer])) + 1_000_000
+def checkpoint_bytes(num_parameters: int, optimizer: str, *, averaged: bool = False) -> int:
+    """Return how large one checkpoint of `num_parameters` trained numbers becomes at most.
+
+    `averaged` where the run keeps a running average of them as well (`train.ema_decay`).
+    """
+    return int(num_parameters * (4 + 4 * averaged + OPTIMIZER_BYTES[optimizer])) + 1_000_000
 
 
 def planned_bytes(
-    num_parameters: int, *, optimizer: str, keep: int, num_layouts: int, export_precision: str, num_previews: int = 0
+    num_parameters: int, *, checkpoint: int, keep: int, num_layouts: int, export_precision: str, num_previews: int = 0
 ) -> int:
-    """Return the disk space that a run takes: `keep` checkpoints and the one being written, exports, previews."""
-    checkpoints = (keep + 1) * checkpoint_bytes(num_parameters, optimizer)
+    """Return the disk space that a run takes: `keep` checkpoints and the one being written, exports, previews.
+
+    `checkpoint` is what `checkpoint_bytes` says.
+    """
+    checkpoints = (keep + 1) * checkpoint
     exports = num_layouts * (num_parameters * EXPORT_BYTES[export_precision] + 1_000_000)
     return checkpoints + exports + num_previews * 1_000_000
 

@@ -6,6 +6,7 @@ over the end of an epoch, so that no picture is left out there. Epochs differ in
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from lorasmith.engine.dataset.captions import caption_for, is_drawn
 from lorasmith.engine.draws import python_rng
 
 _EPOCHS_AT_ONCE = 256
+_KEPT_ORDERS = 2
+"""Threads that prepare batches ahead work on both sides of an epoch's end."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def epoch_batches(plan: BucketPlan, batch_size: int, seed: int, epoch: int) -> l
 
 
 class Epochs:
-    """All micro-batches of a run by number."""
+    """All micro-batches of a run by number; safe to use from several threads."""
 
     def __init__(self, plan: BucketPlan, config: RunConfig) -> None:
         """Keep the plan and the settings that order and caption it."""
@@ -59,18 +62,23 @@ class Epochs:
         """`_ends[e]` is the first micro-batch of epoch e, as far as it is known."""
         self._fractional = any(view.repeats % 1 for view in plan.views)
         self._per_epoch = plan.batches_per_epoch(config.train.batch_size)
-        self._epoch: tuple[int, list[MicroBatch]] = (-1, [])
+        self._orders: dict[int, list[MicroBatch]] = {}
+        self._lock = threading.Lock()
 
     def epoch_of(self, micro: int) -> int:
         """Return the epoch, from 0, that micro-batch `micro`, from 0, belongs to."""
-        return self._place(micro)[0]
+        with self._lock:
+            return self._place(micro)[0]
 
     def micro_batch(self, micro: int) -> MicroBatch:
         """Return micro-batch `micro`, counted from 0 over the whole run."""
-        epoch, position = self._place(micro)
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, self._order(epoch))
-        return self._epoch[1][position]
+        with self._lock:
+            epoch, position = self._place(micro)
+            if epoch not in self._orders:
+                self._orders[epoch] = self._order(epoch)
+                for old in list(self._orders)[:-_KEPT_ORDERS]:
+                    del self._orders[old]
+            return self._orders[epoch][position]
 
     def captions(self, micro: int) -> list[str]:
         """Return the prompts of micro-batch `micro`."""

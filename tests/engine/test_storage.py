@@ -9,7 +9,14 @@ import pytest
 
 from lorasmith.engine import storage
 from lorasmith.engine.errors import StorageError
-from lorasmith.engine.storage import atomic_write, planned_bytes, readable_size, require_writable, storage_error
+from lorasmith.engine.storage import (
+    atomic_write,
+    checkpoint_bytes,
+    planned_bytes,
+    readable_size,
+    require_writable,
+    storage_error,
+)
 
 
 def test_atomic_write_replaces_the_old_content_and_leaves_no_other_file(tmp_path: Path) -> None:
@@ -72,10 +79,15 @@ def test_require_writable_says_both_sizes_where_the_disk_is_too_small(tmp_path: 
 
 
 def test_the_plan_counts_kept_checkpoints_one_being_written_and_exports() -> None:
-    plan = {"optimizer": "adamw", "keep": 3, "num_layouts": 1, "export_precision": "fp16"}
-    millions = planned_bytes(1_000_000, **plan) / 1e6  # type: ignore[arg-type]
+    checkpoint = checkpoint_bytes(1_000_000, "adamw")
+    planned = planned_bytes(1_000_000, checkpoint=checkpoint, keep=3, num_layouts=1, export_precision="fp16")
     # Four checkpoints of 4 + 8 bytes a number, one file of 2 bytes a number, and 1 MB of headers for each.
-    assert millions == pytest.approx(4 * 13 + 3)
+    assert planned / 1e6 == pytest.approx(4 * 13 + 3)
+
+
+def test_a_running_average_adds_one_more_copy_of_the_weights_to_a_checkpoint() -> None:
+    with_average = checkpoint_bytes(1_000_000, "adamw", averaged=True)
+    assert with_average - checkpoint_bytes(1_000_000, "adamw") == 4_000_000
 
 
 def test_other_write_errors_are_not_called_a_full_disk(tmp_path: Path) -> None:
