@@ -6,6 +6,7 @@ Who works on a run is told by `run_lock`, what became of it by `run_summary`.
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from lorasmith.engine.dataset.overlay import append_edits, read_overlay
 from lorasmith.engine.errors import ConfigError, StorageError
 from lorasmith.engine.run_file import ResolvedConfig, load_run_file, resolve_config, to_toml
-from lorasmith.engine.storage import atomic_write
+from lorasmith.engine.storage import atomic_write, is_disk_full
 
 MAX_NAME_BYTES = 150
 
@@ -49,6 +50,11 @@ class RunFolder:
     def log(self) -> Path:
         """What libraries said, and tracebacks."""
         return self.path / "run.log"
+
+    @property
+    def stacks(self) -> Path:
+        """Folder of what all threads did in a stall; only there where there was one."""
+        return self.path / "stacks"
 
     @property
     def checkpoints(self) -> Path:
@@ -87,20 +93,37 @@ def create_run(resolved: ResolvedConfig) -> RunFolder:
     try:
         output.mkdir(parents=True, exist_ok=True)
         run = RunFolder(_make_unique(output, stem))
-        for folder in (run.checkpoints, run.previews, run.export):
-            folder.mkdir(mode=0o700)
     except OSError as error:
-        raise StorageError(
-            f"Cannot make a run folder in {output}.",
-            why=error.strerror or str(error),
-            fix="Choose another run.output_folder, or correct its permissions.",
-        ) from error
+        raise _cannot_make(output, error) from error
+    try:
+        _fill(run, resolved)
+    except BaseException as error:
+        # Nobody has seen it yet; without run.toml it is no run, but a half folder would only puzzle.
+        shutil.rmtree(run.path, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise _cannot_make(output, error) from error
+        raise
+    return run
+
+
+def _fill(run: RunFolder, resolved: ResolvedConfig) -> None:
+    """Write what a new run folder holds; `run.toml` comes last, since it is what makes the folder a run."""
+    for folder in (run.checkpoints, run.previews, run.export):
+        folder.mkdir(mode=0o700)
     stored = _with_absolute_paths(resolved)
     if stored.config.dataset.overlay:
         stored = _with_own_overlay(run, stored)
     atomic_write(run.run_file, to_toml(stored).encode())
     run.run_file.chmod(0o600)
-    return run
+
+
+def _cannot_make(output: Path, error: OSError) -> StorageError:
+    remedy = "free some space there" if is_disk_full(error) else "correct its permissions"
+    return StorageError(
+        f"Cannot make a run folder in {output}.",
+        why=error.strerror or str(error),
+        fix=f"Choose another run.output_folder, or {remedy}.",
+    )
 
 
 def _with_absolute_paths(resolved: ResolvedConfig) -> ResolvedConfig:

@@ -13,18 +13,33 @@ import sys
 import threading
 from collections import deque
 from queue import Empty, SimpleQueue
+from typing import Any
 
 from lorasmith.engine.commands import Command
 from lorasmith.engine.config import RunConfig
-from lorasmith.engine.errors import EXIT_STOPPED, HardwareError, LorasmithError, StorageError
-from lorasmith.engine.events import CheckpointSaved, Event, ExportDone, HardwareSampled, Logged, RunEnded, RunStarted
+from lorasmith.engine.control import ControlServer
+from lorasmith.engine.errors import EXIT_STOPPED, StorageError
+from lorasmith.engine.events import (
+    CheckpointSaved,
+    Event,
+    ExportDone,
+    HardwareSampled,
+    Logged,
+    Parked,
+    Paused,
+    Resumed,
+    RunEnded,
+    RunStarted,
+    StageChanged,
+)
 from lorasmith.engine.hardware import Sampler, resolve_device
 from lorasmith.engine.journal import Journal
+from lorasmith.engine.run_failure import describe_failure
 from lorasmith.engine.run_folder import RunFolder, create_run, open_run
 from lorasmith.engine.run_lock import RunLock, lock_holder
 from lorasmith.engine.run_log import RunLog, plain_text, quiet_libraries
 from lorasmith.engine.run_summary import RunSummary, list_runs, summarize_run
-from lorasmith.engine.storage import is_disk_full
+from lorasmith.engine.watchdog import Watchdog
 
 __all__ = [
     "RunFolder",
@@ -40,6 +55,14 @@ __all__ = [
 
 MAX_WAITING_EVENTS = 50_000
 SWITCH_SECONDS = 0.001
+STUCK_SECONDS = 5.0
+_DOING: dict[type[Event], str] = {
+    RunStarted: "running",
+    Resumed: "running",
+    Paused: "paused",
+    Parked: "parked",
+    RunEnded: "ended",
+}
 
 logger = logging.getLogger("lorasmith.session")
 
@@ -62,6 +85,7 @@ class Session:
         self._told_problem = ""
         self._ended = False
         self._step = 0
+        self._watchdog = Watchdog(self._emit_past_a_hanging_disk, run.stacks, lambda: self._step)
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -82,6 +106,7 @@ class Session:
         # The engine's small Python segments would starve the screen's thread at the default of 5 ms.
         sys.setswitchinterval(SWITCH_SECONDS)
         self._sampler = Sampler(self.emit, device=self.config.train.device)
+        self._control = ControlServer(self.run, self.send, self.status)
         self._thread = threading.Thread(target=self._host, name="engine", daemon=False)
         self._thread.start()
 
@@ -107,6 +132,20 @@ class Session:
         ended = self.latest.get(RunEnded)
         return ended if isinstance(ended, RunEnded) else None
 
+    def status(self) -> dict[str, Any]:
+        """Return what the run does now, as plain values: run, state, stage, step and total_steps."""
+        doing = max(
+            (self.latest[kind] for kind in _DOING if kind in self.latest), key=lambda event: event.time, default=None
+        )
+        begun, stage = self.latest.get(RunStarted), self.latest.get(StageChanged)
+        return {
+            "run": self.run.name,
+            "state": _DOING[type(doing)] if doing else "running",
+            "stage": getattr(stage, "stage", ""),
+            "step": self._step,
+            "total_steps": getattr(begun, "total_steps", self.config.train.steps),
+        }
+
     def join(self, timeout: float | None = None) -> bool:
         """Wait until the engine thread is over, at most `timeout` seconds; return whether it is."""
         if self._thread is None:
@@ -123,21 +162,13 @@ class Session:
 
     def emit(self, event: Event) -> None:
         """Journal `event`, then show it; never raises and never waits for a viewer. Safe from any thread."""
+        self._watchdog.note(event)
         with self._emitting:
-            if self._ended:
-                # A reader takes RunEnded as the last word; a late gauge reading must not follow it.
-                if not isinstance(event, HardwareSampled):
-                    logger.warning("after the end: %s", event)
-                return
-            self._ended = isinstance(event, RunEnded)
-            resumed = event.resumed_from if isinstance(event, RunStarted) else self._step
-            self._step = getattr(event, "step", resumed)
-            written = self._journal.append(event)
-            self._show(event)
-            self._tell_problem(written)
+            self._record(event)
 
     def next_commands(self) -> list[Command]:
         """Return the commands that arrived since the last call, without waiting."""
+        self._watchdog.beat()
         commands: list[Command] = []
         while True:
             try:
@@ -147,10 +178,34 @@ class Session:
 
     def wait_command(self, timeout: float) -> Command | None:
         """Return the next command, waiting at most `timeout` seconds for it."""
+        self._watchdog.beat()
         try:
             return self._commands.get(timeout=timeout)
         except Empty:
             return None
+
+    def _emit_past_a_hanging_disk(self, event: Event) -> None:
+        # The engine may hang in its write to the journal: then the screen at least must tell.
+        if not self._emitting.acquire(timeout=STUCK_SECONDS):
+            self._show(event)
+            return
+        try:
+            self._record(event)
+        finally:
+            self._emitting.release()
+
+    def _record(self, event: Event) -> None:
+        if self._ended:
+            # A reader takes RunEnded as the last word; a late gauge reading must not follow it.
+            if not isinstance(event, HardwareSampled):
+                logger.warning("after the end: %s", event)
+            return
+        self._ended = isinstance(event, RunEnded)
+        resumed = event.resumed_from if isinstance(event, RunStarted) else self._step
+        self._step = getattr(event, "step", resumed)
+        written = self._journal.append(event)
+        self._show(event)
+        self._tell_problem(written)
 
     def _show(self, event: Event) -> None:
         if len(self._waiting) == MAX_WAITING_EVENTS:
@@ -174,14 +229,26 @@ class Session:
 
     def _host(self) -> None:
         try:
+            self._watchdog.start()
             self._sampler.start()
+            self._open_control()
             self._train()
         finally:
+            self._control.close()
             self._sampler.stop()
+            self._watchdog.stop()
             if not self._journal.close():
                 logger.error("the last events could not be written to %s", self.run.journal)
             self._log.close()
             self._lock.release()
+
+    def _open_control(self) -> None:
+        try:
+            self._control.start()
+        except Exception as error:
+            logger.warning("no control socket", exc_info=True)
+            message = f"This run cannot be reached from other terminals: {plain_text(str(error))}"
+            self.emit(Logged(severity="warning", message=message))
 
     def _train(self) -> None:
         try:
@@ -213,37 +280,6 @@ class Session:
             fix=f"Report it with {self.run.log}.",
             exit_code=1,
         )
-
-
-def describe_failure(error: BaseException, step: int) -> RunEnded:
-    """Return the end of a run that failed with `error`, in words and with its exit code; tokens are taken out."""
-    known = _known_failure(error)
-    why = known.why if known is error else known.why or f"{type(error).__name__}: {error}"
-    return RunEnded(
-        outcome="failed",
-        step=step,
-        message=plain_text(known.what),
-        why=plain_text(why),
-        fix=plain_text(known.fix),
-        exit_code=known.exit_code,
-    )
-
-
-def _known_failure(error: BaseException) -> LorasmithError:
-    if isinstance(error, LorasmithError):
-        return error
-    # torch's class is known by name only: this module must not import torch.
-    if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
-        fix = "Lower train.batch_size or dataset.resolution, or turn on train.gradient_checkpointing; then resume."
-        return HardwareError("The GPU ran out of memory.", fix=fix)
-    if isinstance(error, MemoryError):
-        return HardwareError("This machine ran out of memory.", fix="Close other programs; then resume the run.")
-    if isinstance(error, OSError) and is_disk_full(error):
-        return StorageError("The disk is full.", fix="Free some space; then resume the run.")
-    return LorasmithError(
-        "Training failed with an unexpected error.",
-        fix="The traceback is in run.log in the run folder; please report it.",
-    )
 
 
 def _open_log(run: RunFolder) -> RunLog:
