@@ -30,6 +30,8 @@ Component = str
 Conditioning = dict[str, "torch.Tensor"]
 """Named tensors of one prompt without a batch dimension, or of a batch with one."""
 Prediction = Literal["epsilon", "v_prediction", "velocity"]
+MemoryMeasure = Literal["apart", "tiles", "draw on cpu"]
+"""Ways to need less memory; see `Family.save_memory`."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ class Family(Protocol):
     dtype: torch.dtype
     noise_schedule: Mapping[str, Any]
     """The scheduler configuration as the model's own files give it (for `ddpm`: betas, prediction type, zero SNR)."""
+    tile_side: int
+    """Side in pixels of the tiles that pictures are encoded and decoded in; 0 while they are taken whole."""
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """Encode pixels (B, 3, H, W) in [-1, 1] to normalized latents (B, C, h, w); the mode, no random draw."""
@@ -164,6 +168,15 @@ class Family(Protocol):
         """Drop the autoencoder and, unless they are trained and so kept, the text encoders from memory."""
         ...
 
+    def save_memory(self, measure: MemoryMeasure) -> bool:
+        """Work with less memory from now on, if more slowly; False where that changes nothing, or nothing more.
+
+        `apart`: encoders that are not trained are on the device only while they encode; the results are the same.
+        `tiles`: the autoencoder takes pictures singly in overlapping tiles of `tile_side` pixels; larger pictures come
+        out slightly different. `draw on cpu`: `draw` computes on the processor and leaves the device's memory alone.
+        """
+        ...
+
 
 class FamilyModule(Protocol):
     """What each module of this package has."""
@@ -174,8 +187,19 @@ class FamilyModule(Protocol):
         """Return what the files are if they belong to this family, from headers and configs alone."""
         ...
 
-    def load(self, files: BaseFiles, identity: BaseIdentity, device: torch.device, dtype: torch.dtype) -> Family:
-        """Load every part of the base model, frozen and in eval mode."""
+    def load(
+        self,
+        files: BaseFiles,
+        identity: BaseIdentity,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        apart: bool = False,
+    ) -> Family:
+        """Load every part of the base model, frozen and in eval mode.
+
+        With `apart` from the start as `Family.save_memory("apart")` says, and the autoencoder only once it is needed.
+        """
         ...
 
     def load_tokenizers(self, files: BaseFiles) -> list[Any]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine.errors import BaseModelError
+from lorasmith.engine.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +46,8 @@ def load_part(files: BaseFiles, part: str, kind: Any, dtype: torch.dtype) -> Any
             **{dtype_name: dtype},
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise BaseModelError(
             f"Cannot load the {part} of {files.origin}.", why=first_line(error), fix="Download the base model again."
         ) from error

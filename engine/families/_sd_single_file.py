@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lorasmith.engine.errors import BaseModelError
 from lorasmith.engine.families import Prediction
 from lorasmith.engine.families._loading import first_line, freeze, missing_part
+from lorasmith.engine.out_of_memory import is_out_of_memory
 from lorasmith.engine.safetensors_header import TensorInfo, read_values
 from lorasmith.engine.sources import BaseFiles
 
@@ -261,6 +262,8 @@ def _fill(
             module = kind(**config)
         module.load_state_dict({name: value.to(dtype) for name, value in weights.items()}, strict=True, assign=True)
     except (RuntimeError, ValueError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
         detail = " ".join(str(error).split())[:300] or first_line(error)
         raise BaseModelError(
             f"The {part} of {files.path.name} does not fit Stable Diffusion.",

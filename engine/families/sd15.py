@@ -5,9 +5,9 @@ Epsilon and v-prediction; a diffusers folder, or one `.safetensors` file in the 
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine.errors import BaseModelError, ExportError
@@ -18,10 +18,12 @@ from lorasmith.engine.families import (
     DrawSettings,
     FamilySpec,
     License,
+    MemoryMeasure,
     PictureRequest,
     Prediction,
 )
 from lorasmith.engine.families import _loading as loading
+from lorasmith.engine.families import _sd_parts as parts
 from lorasmith.engine.families import _sd_single_file as single_file
 from lorasmith.engine.families._sd_identify import identify_file, identify_folder
 
@@ -77,15 +79,17 @@ def identify(files: BaseFiles) -> BaseIdentity | None:
     return identify_file(files) if files.kind == "single_file" else identify_folder(files)
 
 
-def load(files: BaseFiles, identity: BaseIdentity, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
-    """Load UNet, autoencoder, text encoder and tokenizer, frozen and in eval mode.
+def load(
+    files: BaseFiles, identity: BaseIdentity, device: torch.device, dtype: torch.dtype, *, apart: bool = False
+) -> StableDiffusion:
+    """Load UNet, autoencoder, text encoder and tokenizer, frozen and in eval mode; see `Family` for `apart`.
 
     `identity.prediction` wins over the files' own, so that a wrong scheduler configuration can be overruled.
     Raises BaseModelError naming the part that is missing or does not fit.
     """
     if identity.parts_missing:
         raise loading.missing_part(files, " and no ".join(identity.parts_missing))
-    return StableDiffusion(files, identity, device, dtype)
+    return StableDiffusion(files, identity, device, dtype, apart=apart)
 
 
 def load_tokenizers(files: BaseFiles) -> list[Any]:
@@ -144,7 +148,15 @@ class StableDiffusion:
 
     spec = SPEC
 
-    def __init__(self, files: BaseFiles, identity: BaseIdentity, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        files: BaseFiles,
+        identity: BaseIdentity,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        apart: bool = False,
+    ) -> None:
         import torch
 
         loading.quiet_libraries()
@@ -152,14 +164,18 @@ class StableDiffusion:
         # In fp16 the autoencoder's activations overflow for some pictures, and the latents are NaN.
         self._vae_dtype = torch.float32 if dtype == torch.float16 else dtype
         self._files = files
+        self._apart, self._draws_on_cpu, self.tile_side = apart, False, 0
+        self._encodes_images = True
         self.noise_schedule: Mapping[str, Any] = _noise_schedule(files, identity.prediction)
         self.tokenizer = load_tokenizers(files)[0]
-        self.denoiser: torch.nn.Module
-        self.text_encoders: dict[Component, torch.nn.Module]
-        self.denoiser, text_encoder = self._load_networks()
-        self.text_encoders = {"text_encoder": text_encoder}
-        self._vae: Any = self._load_vae()
-        self._factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
+        # Each on the device before the next is read: main memory never holds two.
+        self.denoiser: torch.nn.Module = parts.load_unet(files, dtype).to(device)
+        text_encoder = parts.load_text_encoder(files, dtype)
+        self.text_encoders: dict[Component, torch.nn.Module] = {"text_encoder": text_encoder}
+        self._vae: Any = None
+        if not apart:
+            text_encoder.to(device)
+            self._vae = self._load_vae()
         limit = int(text_encoder.config.max_position_embeddings)
         self._max_tokens = min(int(self.tokenizer.model_max_length), limit)
 
@@ -167,8 +183,10 @@ class StableDiffusion:
         """Encode pixels (B, 3, H, W) in [-1, 1] to scaled latents (B, C, H / 8, W / 8); the mode of the posterior."""
         import torch
 
-        if self._vae is None:
+        if not self._encodes_images:
             raise BaseModelError("The autoencoder is no longer in memory.", why="It was released after caching.")
+        if self._vae is None:
+            self._vae = self._load_vae()
         with torch.no_grad():
             latents = self._vae.encode(pixels.to(self.device, self._vae_dtype)).latent_dist.mode()
         scaled: torch.Tensor = latents * self._vae.config.scaling_factor
@@ -183,7 +201,17 @@ class StableDiffusion:
         tokens = self.tokenizer(
             list(prompts), padding="max_length", max_length=self._max_tokens, truncation=True, return_tensors="pt"
         )
-        embeds = self.text_encoders["text_encoder"](tokens.input_ids.to(self.device))[0]
+        encoder = self.text_encoders["text_encoder"]
+        visits = self._apart and not _is_trained(encoder)
+        if visits:
+            self._vae = None
+        try:
+            if next(encoder.parameters()).device != self.device:
+                encoder.to(self.device)
+            embeds = encoder(tokens.input_ids.to(self.device))[0]
+        finally:
+            if visits:
+                encoder.to("cpu")
         return [{"prompt_embeds": row} for row in embeds]
 
     def collate(self, conditionings: Sequence[Conditioning]) -> Conditioning:
@@ -220,8 +248,8 @@ class StableDiffusion:
         training = [module for module in self.denoiser.modules() if module.training]
         self.denoiser.eval()  # or the adapter's dropout would spoil the picture
         try:
-            with torch.no_grad():
-                latents = self._pipeline()(
+            with torch.no_grad(), self._drawing_device():
+                latents = parts.draw_pipeline(self.denoiser, self.noise_schedule, SPEC.latent_downscale)(
                     prompt_embeds=self.collate([request.positive for request in requests])["prompt_embeds"],
                     negative_prompt_embeds=self.collate([request.negative for request in requests])["prompt_embeds"],
                     num_inference_steps=settings.steps,
@@ -232,7 +260,8 @@ class StableDiffusion:
                     output_type="latent",
                     callback_on_step_end=after_step,
                 ).images
-                return self._decode(latents)
+                vae = self._load_vae() if self._vae is None or self._draws_on_cpu else self._vae
+                return parts.decode(vae, latents.to(self._vae_dtype))
         finally:
             for module in training:
                 module.training = True
@@ -243,55 +272,52 @@ class StableDiffusion:
 
         if not keep_text:
             self.text_encoders.clear()
-        self._vae = None
+        self._vae, self._encodes_images = None, False
         gc.collect()
         torch.cuda.empty_cache()
 
-    def _load_networks(self) -> tuple[Any, Any]:
-        if self._files.kind == "single_file":
-            facts = single_file.require_facts(self._files)
-            unet = single_file.load_unet(self._files, facts, self.dtype)
-            return unet.to(self.device), single_file.load_text_encoder(self._files, facts, self.dtype).to(self.device)
-        from diffusers import UNet2DConditionModel
-        from transformers import CLIPTextModel
+    def save_memory(self, measure: MemoryMeasure) -> bool:
+        """Need less memory from now on; see `Family`."""
+        if measure == "tiles":
+            taken = self.tile_side > 0
+            # A half of what the base was made for: a quarter of the memory. Whole latents in the tiles' overlaps.
+            self.tile_side = max(32, self.identity.native_resolution // 2 // 32 * 32)
+            if self._vae is not None:
+                parts.use_tiles(self._vae, self.tile_side)
+        elif measure == "draw on cpu":
+            taken = self._draws_on_cpu or self.device.type == "cpu"
+            self._draws_on_cpu = True
+        else:
+            waiting = [encoder for encoder in self.text_encoders.values() if not _is_trained(encoder)]
+            taken = self._apart or not (self._vae is not None or (waiting and self.device.type != "cpu"))
+            self._apart, self._vae = True, None
+            for encoder in waiting:
+                encoder.to("cpu")
+        return not taken
 
-        unet = loading.load_part(self._files, "unet", UNet2DConditionModel, self.dtype)
-        text_encoder = loading.load_part(self._files, "text_encoder", CLIPTextModel, self.dtype)
-        return unet.to(self.device), text_encoder.to(self.device)
+    @contextlib.contextmanager
+    def _drawing_device(self) -> Iterator[None]:
+        """Let everything that draws be on the processor inside, where that was asked for."""
+        import torch
+
+        if not self._draws_on_cpu:
+            yield
+            return
+        device, self.device = self.device, torch.device("cpu")
+        try:
+            self.denoiser.to(self.device)
+            yield
+        finally:
+            self.device = device
+            # The allocator's cache was not given back, so that there is room for the way back.
+            self.denoiser.to(device)
 
     def _load_vae(self) -> Any:
-        if self._files.kind == "single_file":
-            return single_file.load_vae(self._files, self._vae_dtype).to(self.device)
-        from diffusers import AutoencoderKL
+        return parts.load_vae(self._files, self._vae_dtype, self.tile_side).to(self.device)
 
-        return loading.load_part(self._files, "vae", AutoencoderKL, self._vae_dtype).to(self.device)
 
-    def _pipeline(self) -> Any:
-        from diffusers import StableDiffusionPipeline
-
-        pipeline = StableDiffusionPipeline(
-            vae=None,  # decoded here, in the autoencoder's own number format
-            text_encoder=None,
-            tokenizer=None,
-            unet=self.denoiser,
-            # The pipeline would set these two with a warning; every 1.x and 2.x model was trained so.
-            scheduler=loading.build_scheduler({**self.noise_schedule, "steps_offset": 1, "clip_sample": False}),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        pipeline.vae_scale_factor = self._factor
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-    def _decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        from diffusers.image_processor import VaeImageProcessor
-
-        vae = self._load_vae() if self._vae is None else self._vae
-        to_pictures = partial(VaeImageProcessor().postprocess, output_type="pil")
-        scaled = latents.to(self._vae_dtype) / vae.config.scaling_factor
-        # One at a time: a decoder's memory grows with the batch.
-        return [to_pictures(vae.decode(row[None], return_dict=False)[0])[0] for row in scaled]
+def _is_trained(encoder: torch.nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in encoder.parameters())
 
 
 def _noise_schedule(files: BaseFiles, prediction: Prediction) -> dict[str, Any]:
