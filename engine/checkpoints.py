@@ -5,6 +5,7 @@
 The order that survives kill -9, a full disk and a power cut: temporary folder beside the target → sync every file →
 manifest of SHA-256 sums → read back and compare → rename → sync the parent. "Newest" means newest *verified*; a
 damaged checkpoint is named and skipped, never deleted. safetensors and JSON only: nothing in it can run code.
+torch is imported late: what is looked up in checkpoints without their tensors needs none.
 """
 
 from __future__ import annotations
@@ -17,22 +18,23 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
 from lorasmith.engine.errors import CheckpointError
 from lorasmith.engine.storage import atomic_write, fsync_file, fsync_folder, sha256_file, storage_error
+
+if TYPE_CHECKING:
+    import torch
+
+    TensorGroups = Mapping[str, Mapping[str, torch.Tensor]]
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT_VERSION = 1
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 _TEMPORARY = (".saving-", ".removing-")
-
-TensorGroups = Mapping[str, Mapping[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Checkpoint:
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """Return the tensors saved under `name` on the CPU."""
+        from safetensors.torch import load_file
+
         return load_file(self.path / f"{name}.safetensors")
 
 
@@ -147,6 +151,8 @@ def _open(path: Path) -> Checkpoint:
 
 
 def _write_files(folder: Path, step: int, tensors: TensorGroups, state: Mapping[str, Any]) -> None:
+    from safetensors.torch import save_file
+
     for name, group in tensors.items():
         path = folder / f"{name}.safetensors"
         # save_file copies nothing through Python and does not hold the interpreter lock for long, save() does.
@@ -174,6 +180,8 @@ def _compare_with_memory(folder: Path, tensors: TensorGroups) -> None:
 
 
 def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    import torch
+
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     # Bytes and not numbers: NaN differs from itself, and 0.0 equals -0.0.

@@ -32,6 +32,7 @@ from lorasmith.engine.optimizers import (
     optimizer_tensors,
     set_learning_rates,
 )
+from lorasmith.engine.step_guard import StepGuard, spoil
 
 TensorGroups = dict[str, dict[str, Tensor]]
 
@@ -57,19 +58,21 @@ class Learner:
     memory: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Take the batches from threads where the settings ask for it."""
+        """Guard the steps, and take the batches from threads where the settings ask for it."""
         train = self.config.train
+        self.guard = StepGuard(self.optimizer, self.config.optimizer.name, self.family.device, train.not_finite)
         end = train.steps * train.gradient_accumulation
-        pin = self.family.device.type == "cuda"
+        pin = self.family.device.type != "cpu"
         self.batches = Prefetcher(self.loader, train.loader_workers, end=end, pin=pin)
 
     def run_step(self, step: int) -> tuple[Tensor, Tensor]:
         """Do the optimizer step that follows `step` finished ones.
 
         Returns the loss (mean over micro-batches) and the gradient norm before clipping, both still on the device.
+        Where one of them is no number, the step changes nothing: neither weights nor optimizer nor average.
         """
         train, seed = self.config.train, self.config.run.seed
-        set_learning_rates(self.optimizer, lr_factor(self.config.schedule, step, train.steps))
+        self.set_rates(step)
         num_micro = train.gradient_accumulation
         losses = []
         for part in range(num_micro):
@@ -80,10 +83,12 @@ class Learner:
             scaled = loss / num_micro if num_micro > 1 else loss
             (self.scaler.scale(scaled) if self.scaler else scaled).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
-        norm = self._update()
-        if self.average:
-            self.average.update(step)
-        return (losses[0] if num_micro == 1 else torch.stack(losses).mean()), norm
+        loss = losses[0] if num_micro == 1 else torch.stack(losses).mean()
+        return loss, self._update(step, loss)
+
+    def set_rates(self, step: int) -> None:
+        """Set the learning rates of the step that follows `step` finished ones."""
+        set_learning_rates(self.optimizer, lr_factor(self.config.schedule, step, self.config.train.steps))
 
     def batch_loss(self, batch: Batch, step: int, first: int) -> Tensor:
         """Return the loss of one micro-batch; `first` is the place of its first picture among those of the step."""
@@ -100,6 +105,7 @@ class Learner:
 
     def state(self) -> tuple[TensorGroups, dict[str, Any]]:
         """Return what a resume needs: tensors on the CPU by the names of `group_names`, and a JSON-ready rest."""
+        self.guard.settle()
         tensors, rest = optimizer_tensors(self.optimizer)
         groups = {"adapter": self.adapter.state_dict(), "optimizer": tensors}
         if self.average:
@@ -156,10 +162,13 @@ class Learner:
                 return self.family.encode_prompts(captions)
         return [self.conditionings[caption] for caption in captions]
 
-    def _update(self) -> Tensor:
+    def _update(self, step: int, loss: Tensor) -> Tensor:
         """Clip, step and clear the gradients; returns their norm before clipping."""
         parameters = self.adapter.parameters()
         if self.scaler:
+            # It meets infinite gradients on purpose and leaves their steps out by itself; a loss is another matter.
+            left_out = self.guard.judge(step, loss)
+            spoil(parameters, left_out)
             self.scaler.unscale_(self.optimizer)
         limit = self.config.optimizer.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else float("inf"))
@@ -167,7 +176,10 @@ class Learner:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
-            self.optimizer.step()
+            left_out = self.guard.judge(step, loss + norm)
+            self.guard.apply(left_out)
+        if self.average:
+            self.average.update(step, left_out)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 

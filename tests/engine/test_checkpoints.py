@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lorasmith.engine import checkpoints
 from lorasmith.engine.checkpoints import damage, newest_checkpoint, prune_checkpoints, save_checkpoint
@@ -132,12 +133,12 @@ def test_a_full_disk_leaves_nothing_behind_and_the_older_checkpoint_usable(
 def test_a_disk_that_changes_bytes_is_found_out_before_the_checkpoint_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = checkpoints.save_file
+    write = save_file
 
     def wrong(tensors: dict[str, torch.Tensor], path: Path) -> None:
         write({key: value + 1 for key, value in tensors.items()}, path)
 
-    monkeypatch.setattr(checkpoints, "save_file", wrong)
+    monkeypatch.setattr("safetensors.torch.save_file", wrong)
     with pytest.raises(StorageError, match="step-00000003") as caught:
         save_checkpoint(tmp_path, 3, TENSORS, {})
     assert "reads back differently" in caught.value.why
