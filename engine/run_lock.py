@@ -148,7 +148,7 @@ def _wait_for_record(fd: int, deadline: float) -> dict[str, Any]:
 
 def _read_record(fd: int) -> dict[str, Any]:
     try:
-        record = json.loads(os.pread(fd, 2 * RECORD_BYTES, 0))
+        record = json.loads(os.pread(fd, RECORD_BYTES, 0))
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) and _may_hold(record) else {}
