@@ -8,6 +8,7 @@ writes them and knows every value's origin.
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -46,6 +47,15 @@ class RunSettings(Section):
     on_finish: Annotated[str, Field(max_length=2000)] = ""
     """Command to start when the run has ended, such as `notify-send "LoRA ready"`; no shell. It finds the outcome in
     LORASMITH_OUTCOME, LORASMITH_RUN, LORASMITH_STEP, LORASMITH_MESSAGE and LORASMITH_LORA. Empty: none."""
+
+    @field_validator("on_finish", mode="after")
+    @classmethod
+    def _check_command(cls, value: str) -> str:
+        try:
+            shlex.split(value)
+        except ValueError as error:
+            raise ValueError(f"is no command line ({str(error).lower()}): close every quote") from None
+        return value
 
 
 class BaseSettings(Section):

@@ -1,14 +1,18 @@
 """What libraries and Python itself have to say goes to the run's log file, never to the screen.
 
-A line on stderr would be drawn over the wizard, and a pipe that nobody reads would stop the training.
+A line on stderr would be drawn over the wizard, and a pipe that nobody reads would stop the training. A log is bounded:
+a library that warns at every step must not fill the disk over days.
 """
 
 from __future__ import annotations
 
 import logging
+import logging.handlers
 import os
 import re
+import threading
 from collections.abc import Mapping
+from io import TextIOWrapper
 from pathlib import Path
 
 LIBRARIES = ("transformers", "diffusers", "bitsandbytes", "accelerate", "peft", "huggingface_hub")
@@ -23,7 +27,10 @@ QUIET_ENVIRONMENT: Mapping[str, str] = {
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=[Bb]earer )\S+")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
+LOG_BYTES = 8 << 20
+
 logger = logging.getLogger("lorasmith")
+_opening = threading.Lock()
 
 
 def quiet_libraries() -> None:
@@ -62,26 +69,54 @@ class _LogFileOnly(logging.Logger):
 
 
 class RunLog:
-    """Appends log records of every thread to a file (mode 0600) until closed: warnings, and lorasmith's own notes."""
+    """Appends log records of every thread to a file (mode 0600) until closed: warnings, and lorasmith's own notes.
+
+    At LOG_BYTES the file becomes PATH.1, which replaces the one before it. Several on one path share one file.
+    """
 
     def __init__(self, path: Path) -> None:
-        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        self._handler = _PatientHandler(path, encoding="utf-8", errors="backslashreplace")
-        self._handler.setFormatter(_PlainFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        self._handler.addFilter(_worth_keeping)
-        logging.getLogger().addHandler(self._handler)
+        self._path = path.absolute()
+        with _opening:
+            handler = _open_logs.get(self._path) or _BoundedHandler(self._path)
+            handler.users += 1
+            if handler.users == 1:
+                _open_logs[self._path] = handler
+                logging.getLogger().addHandler(handler)
         logger.setLevel(logging.INFO)
+        self._handler: _BoundedHandler | None = handler
 
     def close(self) -> None:
-        """Stop logging to the file."""
-        logging.getLogger().removeHandler(self._handler)
-        self._handler.close()
+        """Stop logging to the file; again does nothing."""
+        handler, self._handler = self._handler, None
+        if handler is None:
+            return
+        with _opening:
+            handler.users -= 1
+            if handler.users == 0:
+                del _open_logs[self._path]
+                logging.getLogger().removeHandler(handler)
+                handler.close()
 
 
-class _PatientHandler(logging.FileHandler):
+class _BoundedHandler(logging.handlers.RotatingFileHandler):
+    def __init__(self, path: Path) -> None:
+        self.users = 0
+        super().__init__(path, maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8", errors="backslashreplace")
+        self.setFormatter(_PlainFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self.addFilter(_worth_keeping)
+
+    def _open(self) -> TextIOWrapper:
+        def private(path: str, flags: int) -> int:
+            return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+        return open(self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors, opener=private)  # type: ignore[return-value]
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (overrides logging's own name)
         # A full disk must neither end the training nor print a traceback over the screen.
         return
+
+
+_open_logs: dict[Path, _BoundedHandler] = {}
 
 
 class _PlainFormatter(logging.Formatter):

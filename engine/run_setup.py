@@ -22,6 +22,7 @@ from lorasmith.engine.dataset.items import Dataset
 from lorasmith.engine.dataset.loader import Loader
 from lorasmith.engine.dataset.scan import require_captions, scan_dataset
 from lorasmith.engine.encoding import Encoder, report_progress
+from lorasmith.engine.end_notice import missing_program
 from lorasmith.engine.events import DatasetReady, Event, Logged, RunStarted, StageChanged
 from lorasmith.engine.families import BaseIdentity, Conditioning, Family, FamilyModule, identify_base
 from lorasmith.engine.learner import Learner, build_learner
@@ -66,6 +67,8 @@ def announce(
     )
     for warning in warnings:
         host.emit(Logged(severity="warning", message=warning))
+    if program := missing_program(config.run.on_finish):
+        host.emit(Logged(severity="warning", message=f"run.on_finish: there is no program {program} here."))
     if checkpoint:
         host.emit(Logged(severity="info", message=f"Resuming from the checkpoint of step {resumed_from}."))
 

@@ -18,6 +18,7 @@ from typing import Any
 from lorasmith.engine.commands import Command
 from lorasmith.engine.config import RunConfig
 from lorasmith.engine.control import ControlServer
+from lorasmith.engine.end_notice import run_on_finish
 from lorasmith.engine.errors import EXIT_STOPPED, StorageError
 from lorasmith.engine.events import (
     CheckpointSaved,
@@ -239,8 +240,22 @@ class Session:
             self._watchdog.stop()
             if not self._journal.close():
                 logger.error("the last events could not be written to %s", self.run.journal)
-            self._log.close()
             self._lock.release()
+            self._run_on_finish()
+            self._log.close()
+
+    def _run_on_finish(self) -> None:
+        """Run the user's command when the run folder is free again, so that it may start another run in it."""
+        ended, command = self.outcome, self.config.run.on_finish
+        if ended is None or not command:
+            return
+        try:
+            problem = run_on_finish(command, ended, self.run)
+        except Exception:
+            logger.exception("run.on_finish failed")
+            return
+        if problem:
+            logger.warning("%s", problem)
 
     def _open_control(self) -> None:
         try:

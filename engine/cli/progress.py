@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +14,8 @@ from lorasmith.engine import events
 from lorasmith.engine.cli.output import visible
 
 SECONDS_BETWEEN_LINES = 5.0
+
+logger = logging.getLogger("lorasmith.run")
 
 
 def duration(seconds: float) -> str:
@@ -46,6 +50,7 @@ class RunPrinter:
         self._clock = clock
         self._last_line = float("-inf")
         self._bar = _Bar(stream) if stream.isatty() else None
+        self._to_log = False
 
     def __enter__(self) -> RunPrinter:
         """Start the bar."""
@@ -67,13 +72,34 @@ class RunPrinter:
             self._bar.update(event, self.total_steps)
         if self._is_due(event) and (line := self._line(event)):
             self.line(line)
+        if self._to_log and isinstance(event, events.RunEnded):
+            self.line(event.message)
 
     def line(self, text: str) -> None:
         """Print one line above the bar."""
-        if self._bar is not None:
+        if self._to_log:
+            logger.info("%s", text.strip())
+        elif self._bar is not None:
             self._bar.print(visible(text))
         else:
             print(visible(text), file=self._stream, flush=True)
+
+    def go_to_log(self) -> None:
+        """Show no more than what a log is for, and there: nobody watches any more."""
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar = None
+        self._to_log = True
+
+    def hide(self) -> None:
+        """Leave the terminal as it was while the process is stopped."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show_again(self) -> None:
+        """Draw the bar again after `hide`."""
+        if self._bar is not None:
+            self._bar.start()
 
     def _remember(self, event: events.Event) -> None:
         match event:
@@ -94,7 +120,7 @@ class RunPrinter:
             last = event.done >= event.total
         else:
             return True
-        if self._bar is not None:
+        if self._bar is not None or self._to_log:
             return False
         now = self._clock()
         if not last and now - self._last_line < SECONDS_BETWEEN_LINES:
@@ -157,10 +183,19 @@ class _Bar:
     """A rich progress bar over the steps of the current stage."""
 
     def __init__(self, stream: TextIO) -> None:
-        from rich.console import Console
+        from rich.console import Console, ConsoleDimensions
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._console = Console(file=stream, markup=False, highlight=False, emoji=False)
+        class OfStream(Console):
+            @property  # type: ignore[misc]
+            def size(self) -> ConsoleDimensions:
+                # rich asks the descriptors 0 to 2, which are no terminal while stray output is kept off it.
+                try:
+                    return ConsoleDimensions(*os.get_terminal_size(stream.fileno()))
+                except (OSError, ValueError):
+                    return super().size
+
+        self._console = OfStream(file=stream, markup=False, highlight=False, emoji=False)
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),

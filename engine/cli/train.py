@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorasmith.engine.cli.hosting import Hosting, open_output
 from lorasmith.engine.cli.output import error_parts, fail, say_json, visible
 from lorasmith.engine.cli.progress import RunPrinter, default_stream, duration
-from lorasmith.engine.commands import Command
 from lorasmith.engine.errors import EXIT_STOPPED, ConfigError, LorasmithError
 from lorasmith.engine.run_file import Layer, flatten, load_run_file, parse_assignments, resolve_config
+from lorasmith.engine.running_clock import running_seconds
 
 if TYPE_CHECKING:
     from lorasmith.engine.config import RunConfig
     from lorasmith.engine.events import RunEnded
-    from lorasmith.engine.session import RunFolder, Session
+    from lorasmith.engine.session import RunFolder
 
 NEWEST = "newest"
 """The value of `--resume` that means the newest run of that name."""
-_POLL_SECONDS = 0.1
 
 Sets = Annotated[
     list[str] | None,
@@ -47,7 +41,10 @@ def train(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a LoRA. Ctrl-C saves a checkpoint and ends; a second Ctrl-C ends at once."""
+    """Train a LoRA. Ctrl-C saves a checkpoint and ends; a second Ctrl-C ends at once.
+
+    Training outlives its terminal; `lorasmith attach` shows it again. SIGUSR1 saves a checkpoint.
+    """
     if resume is None:
         folder, config = _new_run(run_file, sets or [])
     else:
@@ -105,45 +102,11 @@ def host_run(folder: RunFolder, config: RunConfig, *, as_json: bool = False) -> 
     """Run the training of `folder` to its end, print its events and return the exit code."""
     from lorasmith.engine.session import Session
 
-    started = time.monotonic()
+    started = running_seconds()
     session = Session(folder, config)
-    with RunPrinter(default_stream(as_json)) as printer:
-        with _stopping(session, printer):
-            session.start()
-            while not session.finished:
-                _show_all(session, printer)
-                time.sleep(_POLL_SECONDS)
-            session.join()
-        _show_all(session, printer)
-    return _report(folder, printer, time.monotonic() - started, as_json)
-
-
-def _show_all(session: Session, printer: RunPrinter) -> None:
-    for event in session.drain():
-        printer.show(event)
-
-
-@contextmanager
-def _stopping(session: Session, printer: RunPrinter) -> Iterator[None]:
-    """Let the first SIGINT or SIGTERM save a checkpoint and end the run, and the second end the process at once."""
-    asked = False
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-            return
-        asked = True
-        session.send(Command.STOP)
-        printer.line("Saving a checkpoint, then ending. Once more ends at once, without saving.")
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with open_output(folder.log, as_json=as_json) as stream, RunPrinter(stream) as printer:
+        Hosting(session, folder, printer, stream).run()
+    return _report(folder, printer, running_seconds() - started, as_json)
 
 
 def _report(folder: RunFolder, printer: RunPrinter, seconds: float, as_json: bool) -> int:
