@@ -9,6 +9,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -22,6 +23,19 @@ CHUNK_BYTES = 1 << 20
 
 OPTIMIZER_BYTES: Mapping[str, float] = {"adamw": 8, "adamw8bit": 8, "adafactor": 4, "prodigy": 16, "lion": 4}
 """State bytes for each trained number; upper bounds (8-bit AdamW keeps small tensors in 32 bits)."""
+
+ADVICE: Mapping[int, str] = {
+    errno.EMFILE: "Too many files are open: allow more with `ulimit -n 8192`, or close other programs.",
+    errno.ENFILE: "Too many files are open on this machine: close other programs.",
+    errno.EROFS: "That disk can only be read: mount it for writing, or choose a folder on another disk.",
+    errno.EACCES: "Correct the permissions or the owner of that folder, or choose another one.",
+    errno.EPERM: "Correct the permissions or the owner of that folder, or choose another one.",
+    errno.EIO: "That disk reports errors (`dmesg` tells more): choose a folder on another disk.",
+}
+"""What to do about an error that is not a full disk."""
+
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.tmp|\.write-test-[0-9a-f]{8}")
+"""Names that `atomic_write` and `require_writable` give to files for a moment."""
 
 EXPORT_BYTES: Mapping[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -49,6 +63,23 @@ def fsync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and those above it, where they are missing, so that they survive a power cut; raises OSError."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        fsync_folder(path.parent)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process was about to write in `folder`, which nobody else may be writing to now."""
+    with contextlib.suppress(OSError):
+        for path in list(folder.iterdir()):
+            if _UNFINISHED.fullmatch(path.name):
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -98,19 +129,15 @@ def require_writable(folder: Path, needed_bytes: int) -> None:
 
     Raises StorageError: not a folder, not writable, or too little space (both numbers named).
     """
-    probe = folder / f".write-test-{secrets.token_hex(4)}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"lorasmith")
+        make_folder(folder)
+        _write_probe(folder)
     except OSError as error:
         raise StorageError(
             f"Cannot write to the output folder {folder}.",
             why=error.strerror or str(error),
             fix="Choose another run.output_folder, or correct its permissions.",
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink()
     free = free_bytes(folder)
     if free < needed_bytes:
         raise StorageError(
@@ -121,6 +148,23 @@ def require_writable(folder: Path, needed_bytes: int) -> None:
         )
 
 
+def _write_probe(folder: Path) -> None:
+    """Write a file in `folder` that is gone afterwards; where the disk can, without a name that a kill could leave."""
+    name = folder / f".write-test-{secrets.token_hex(4)}"
+    try:
+        descriptor = os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o600)
+    except (OSError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+        descriptor = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    try:
+        os.write(descriptor, b"lorasmith")
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            name.unlink()
+
+
 def storage_error(path: Path, needed_bytes: int, error: OSError | str) -> StorageError:
     """Return the StorageError for a failed write, with the path and the needed and free bytes."""
     reason = (error.strerror or str(error)) if isinstance(error, OSError) else error
@@ -129,12 +173,21 @@ def storage_error(path: Path, needed_bytes: int, error: OSError | str) -> Storag
     except OSError:
         free = -1
     space = f"{needed_bytes} bytes needed, {free if free >= 0 else 'unknown'} bytes free"
-    full = is_disk_full(error) or 0 <= free < needed_bytes
+    advice = ADVICE.get(error.errno or 0, "") if isinstance(error, OSError) else ""
+    full = is_disk_full(error) or (not advice and 0 <= free < needed_bytes)
     return StorageError(
         f"The disk is full: cannot write {path} ({space})." if full else f"Cannot write {path} ({space}).",
         why=reason,
-        fix="Free some space on that disk." if full else "Check that the folder exists and may be written to.",
+        fix="Free some space on that disk."
+        if full
+        else advice or "Check that the folder exists and may be written to.",
     )
+
+
+def read_error(path: Path, error: OSError) -> StorageError:
+    """Return the StorageError for a failed read of `path`."""
+    advice = ADVICE.get(error.errno or 0, "Check that its disk is there; then try again.")
+    return StorageError(f"Cannot read {path}.", why=error.strerror or str(error), fix=advice)
 
 
 def is_disk_full(error: OSError | str) -> bool:

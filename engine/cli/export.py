@@ -54,10 +54,10 @@ def _find(run: RunFolder, step: int | None) -> Checkpoint:
     if step is not None:
         return load_checkpoint(run.checkpoints, step)
 
-    def on_damaged(path: Path, reason: str) -> None:
-        say(f"The checkpoint {path} is damaged and is not used: {reason}.", to_stderr=True)
+    def on_unfit(path: Path, reason: str) -> None:
+        say(f"The checkpoint {path} is not used: {reason}.", to_stderr=True)
 
-    checkpoint = newest_checkpoint(run.checkpoints, on_damaged)
+    checkpoint = newest_checkpoint(run.checkpoints, on_unfit)
     if checkpoint is None:
         raise CheckpointError(
             f"{run.path} has no intact checkpoint.",

@@ -249,7 +249,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     capsys.readouterr()
     assert main([*arguments, "--resume", str(folder), "--json"]) == 0
     captured = capsys.readouterr()
-    assert "step-00000003 is damaged and is not used" in captured.err
+    assert "step-00000003 is not used: adapter.safetensors is not what was written" in captured.err
     assert "resumed at step 2" in captured.err
     assert json.loads(captured.out)["step"] == 3
 
