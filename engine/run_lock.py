@@ -59,9 +59,10 @@ class RunLock:
         deadline = time.monotonic() + LOCK_SECONDS
         while not _try_lock(self._fd, fcntl.LOCK_EX, run):
             # Several may hold it together for a moment, only to look; only one that works on the run refuses this.
-            if not _try_lock(self._fd, fcntl.LOCK_SH, run):
-                raise _locked_error(run, _wait_for_record(self._fd, deadline))
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            if _try_lock(self._fd, fcntl.LOCK_SH, run):
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+            elif holder := _read_record(self._fd):
+                raise _locked_error(run, holder)
             if time.monotonic() > deadline:
                 raise _locked_error(run, {})
             time.sleep(POLL_SECONDS)
@@ -84,10 +85,14 @@ def lock_holder(run: RunFolder) -> dict[str, Any] | None:
         fd = os.open(run.lock, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
+    deadline = time.monotonic() + LOCK_SECONDS
     try:
-        if _try_lock(fd, fcntl.LOCK_SH, run):
-            return None
-        return _wait_for_record(fd, time.monotonic() + LOCK_SECONDS)
+        while not _try_lock(fd, fcntl.LOCK_SH, run):
+            # A holder's record is some microseconds younger than its lock.
+            if (holder := _read_record(fd)) or time.monotonic() > deadline:
+                return holder
+            time.sleep(POLL_SECONDS)
+        return None
     except StorageError:
         return None
     finally:
@@ -137,16 +142,8 @@ def _try_lock(fd: int, kind: int, run: RunFolder) -> bool:
     return True
 
 
-def _wait_for_record(fd: int, deadline: float) -> dict[str, Any]:
-    """Return the holder's record; it may be some microseconds younger than its lock, and an older one lies there."""
-    while not (record := _read_record(fd)):
-        if time.monotonic() > deadline:
-            return {}
-        time.sleep(POLL_SECONDS)
-    return record
-
-
 def _read_record(fd: int) -> dict[str, Any]:
+    """Return who says to hold the lock; empty where nobody does yet, or where that is an older holder."""
     try:
         record = json.loads(os.pread(fd, RECORD_BYTES, 0))
     except (OSError, ValueError):
