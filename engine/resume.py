@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorasmith.engine.checkpoints import Checkpoint, has_checkpoints, newest_checkpoint
+from lorasmith.engine.checkpoints import Checkpoint, newest_checkpoint
 from lorasmith.engine.config import RunConfig
 from lorasmith.engine.errors import CheckpointError
 
@@ -26,13 +26,15 @@ def find_checkpoint(folder: Path, config: RunConfig, on_warning: Callable[[str],
 
     Raises CheckpointError where there are only damaged ones, or where settings changed that alter what is learnt.
     """
+    unfit: list[str] = []
 
-    def on_damaged(path: Path, reason: str) -> None:
-        on_warning(f"The checkpoint {path} is damaged and is not used: {reason}.")
+    def on_unfit(path: Path, reason: str) -> None:
+        unfit.append(f"{path.name} ({reason})")
+        on_warning(f"The checkpoint {path} is not used: {reason}.")
 
-    checkpoint = newest_checkpoint(folder, on_damaged)
+    checkpoint = newest_checkpoint(folder, on_unfit)
     if checkpoint is None:
-        _refuse_fresh_start(folder, config)
+        _refuse_fresh_start(folder, config, unfit)
         return None
     old, new = with_defaults(checkpoint.state["config"]), config.model_dump(mode="json")
     allowed = MAY_CHANGE + (MAY_EXTEND if is_extended(checkpoint, config) else ())
@@ -87,12 +89,14 @@ def _merge(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, 
     return merged
 
 
-def _refuse_fresh_start(folder: Path, config: RunConfig) -> None:
+def _refuse_fresh_start(folder: Path, config: RunConfig, unfit: list[str]) -> None:
     """Raise CheckpointError where beginning at step 0 is surely not what was meant."""
     start = config.schedule.start_step
-    if has_checkpoints(folder):
+    if unfit:
         raise CheckpointError(
-            f"Every checkpoint in {folder} is damaged.", fix="Move them away to begin anew, or start a new run."
+            f"Every checkpoint in {folder} is damaged or cannot be read.",
+            why=", ".join(unfit) + ".",
+            fix="Move them away to begin anew, or start a new run.",
         )
     if start and settings_before(folder.parent, start).exists():
         raise CheckpointError(
