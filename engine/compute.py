@@ -106,7 +106,7 @@ def choose_compute(settings: TrainSettings) -> Compute:
     precision: str = settings.precision
     if precision == "auto":
         precision = "fp32" if device.type == "cpu" else "bf16" if _has_fast_bf16(device) else "fp16"
-    if precision == "bf16" and not _has_bf16(device):
+    if precision == "bf16" and not has_bf16(device):
         raise HardwareError(
             f"{torch.cuda.get_device_name(device)} cannot compute in bf16.", fix="Set train.precision to fp16 or fp32."
         )
@@ -166,7 +166,8 @@ def _choose_device(wanted: str) -> torch.device:
     )
 
 
-def _has_bf16(device: torch.device) -> bool:
+def has_bf16(device: torch.device) -> bool:
+    """Tell whether `device` can compute in bf16, emulated or not."""
     if device.type == "cpu":
         return True
     # It asks the current GPU.
@@ -176,4 +177,4 @@ def _has_bf16(device: torch.device) -> bool:
 
 def _has_fast_bf16(device: torch.device) -> bool:
     # Before Ampere (8.0) bf16 is emulated, slower than fp16.
-    return _has_bf16(device) and torch.cuda.get_device_capability(device) >= (8, 0)
+    return has_bf16(device) and torch.cuda.get_device_capability(device) >= (8, 0)

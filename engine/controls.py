@@ -58,10 +58,11 @@ class Controls:
             self.take(command)
 
     def take(self, command: Command) -> None:
-        """Record one command as received; the latest of pause and resume counts."""
+        """Record one command as received; the latest of pause, park and resume counts."""
         self.host.emit(CommandReceived(command=command.value, step=self.step))
         if command in (Command.PAUSE, Command.RESUME):
             self.paused = command is Command.PAUSE
+            self.wanted.discard(Command.PARK)
         else:
             self.wanted.add(command)
 

@@ -25,13 +25,16 @@ class WeightAverage:
         self._parameters = list(parameters)
         self.shadow: list[Tensor] = [parameter.detach().float().clone() for parameter in self._parameters]
 
-    def update(self, step: int) -> None:
+    def update(self, step: int, left_out: Tensor) -> None:
         """Take in the weights after the optimizer step that followed `step` finished ones; never waits for the device.
 
-        The decay is a function of the step alone, so that a resumed run averages as an uncut one.
+        The decay is a function of the step alone, so that a resumed run averages as an uncut one. `left_out` () on the
+        device is 1 where that step changed nothing, so that the average changes nothing either, else 0.
         """
         with torch.no_grad():
-            torch._foreach_lerp_(self.shadow, [*self._parameters], 1.0 - decay_at(self.decay, step))
+            change = torch._foreach_sub([*self._parameters], self.shadow)
+            torch._foreach_mul_(change, (1.0 - left_out) * (1.0 - decay_at(self.decay, step)))
+            torch._foreach_add_(self.shadow, change)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:

@@ -17,8 +17,9 @@ from typing import Any
 from lorasmith.engine.checkpoints import folder_bytes, prune_checkpoints, save_checkpoint
 from lorasmith.engine.commands import Command
 from lorasmith.engine.compute import package_versions
-from lorasmith.engine.errors import CheckpointError, StorageError, TrainingError
+from lorasmith.engine.errors import CheckpointError, HardwareError, StorageError
 from lorasmith.engine.events import CheckpointPruned, CheckpointSaved, Logged, Paused, Resumed
+from lorasmith.engine.memory_ladder import SAVE_FIX, save_rungs, state_to_save
 from lorasmith.engine.storage import storage_error
 from lorasmith.engine.training_parts import TrainingParts
 
@@ -124,14 +125,22 @@ class Saver:
         return f"The newest checkpoint is that of step {self.saved_step}."
 
     def _write(self) -> None:
+        """Write the checkpoint; where memory is short, with less, and at last refused as by a disk."""
+        try:
+            self.parts.rungs.attempt("save", self._write_once, save_rungs(), fix=SAVE_FIX)
+        except HardwareError as error:
+            raise StorageError(error.what, why=error.why, fix=error.fix) from error
+
+    def _write_once(self) -> None:
         parts = self.parts
         require_finite_weights(parts)
         step, began = parts.step, time.perf_counter()
-        tensors, rest = parts.learner.state()
+        tensors, rest = state_to_save(parts)
         state: dict[str, Any] = {
             "config": parts.config.model_dump(mode="json"),
             "dataset": parts.material.plan.fingerprint(),
             "learner": rest,
+            "not_finite": parts.meter.record,
             "versions": package_versions(),
         }
         folder = parts.run.checkpoints
@@ -145,9 +154,9 @@ class Saver:
             parts.emit(CheckpointSaved(step=step, path=str(path), bytes=folder_bytes(path), seconds=seconds))
             for old in prune_checkpoints(folder, parts.config.checkpoints.keep):
                 parts.emit(CheckpointPruned(step=_step_of(old), path=str(old)))
-        except OSError as error:
+        except (OSError, StorageError) as error:
             # The new checkpoint is safe; an old one more is no reason to end a run.
-            message = f"Old checkpoints could not be removed from {folder}: {error.strerror or error}."
+            message = f"Old checkpoints could not be removed from {folder}: {error}"
             parts.emit(Logged(severity="warning", message=message))
 
 
@@ -198,13 +207,8 @@ def _waiting(error: StorageError) -> str:
 
 
 def require_finite_weights(parts: TrainingParts) -> None:
-    """Raise TrainingError where a weight of the adapter is no number: such weights are never written."""
-    if not parts.learner.all_finite():
-        raise TrainingError(
-            f"The LoRA's weights are no longer numbers at step {parts.step}.",
-            why="They are not saved; earlier checkpoints are intact.",
-            fix="Lower optimizer.learning_rate, or set train.precision to bf16 or fp32; then start a new run.",
-        )
+    """Raise NotFiniteError where a weight of the adapter is no number: such weights are never written."""
+    parts.meter.require_finite_weights(parts.step)
 
 
 def _step_of(path: Path) -> int:

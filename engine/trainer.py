@@ -18,15 +18,27 @@ from lorasmith.engine.config import RunConfig
 from lorasmith.engine.controls import Controls, Host, RunPaths
 from lorasmith.engine.dataset.captions import require_trigger
 from lorasmith.engine.errors import EXIT_STOPPED, CheckpointError
-from lorasmith.engine.events import Paused, Resumed, RunEnded, StageChanged
+from lorasmith.engine.events import RunEnded, StageChanged
 from lorasmith.engine.finishing import draw, finish
+from lorasmith.engine.memory_ladder import MemoryLadder
+from lorasmith.engine.not_finite import give_up, take_over
+from lorasmith.engine.out_of_memory import Rungs
 from lorasmith.engine.resume import find_checkpoint
-from lorasmith.engine.run_setup import announce, build_training, find_base, load_base, read_dataset, require_space
+from lorasmith.engine.run_setup import (
+    announce,
+    build_training,
+    find_base,
+    load_base,
+    read_dataset,
+    require_space,
+    tell_disk_plan,
+)
 from lorasmith.engine.saving import Saver
+from lorasmith.engine.step_meter import NotFiniteError
 from lorasmith.engine.training_parts import TrainingParts
+from lorasmith.engine.waiting import wait
 
 YIELD_SECONDS = 50e-6
-PAUSE_POLL_SECONDS = 0.1
 
 
 def train(run: RunPaths, config: RunConfig, host: Host) -> None:
@@ -40,26 +52,34 @@ def train(run: RunPaths, config: RunConfig, host: Host) -> None:
         compute = choose_compute(config.train)
         checkpoint = find_checkpoint(run.checkpoints, config, warnings.append)
         announce(run, config, host, compute, checkpoint, warnings)
-        require_space(config, run, 0)
-
         controls = Controls(host, checkpoint.step if checkpoint else 0)
+        rungs = Rungs(
+            host.emit, lambda: controls.step, checkpoint.state["learner"].get("memory") if checkpoint else None
+        )
+        require_space(config, run, 0, controls.step)
+
         # Everything that is wrong with the base or the pictures is told before minutes of loading.
         base = find_base(config, host.emit)
         material = read_dataset(config, base.module.SPEC.pixel_multiple, host.emit)
-        family = load_base(base, compute, host.emit)
+        family = load_base(base, compute, host.emit, rungs)
         adapter = attach_adapter(family, config.adapter, config.run.seed)
-        require_space(config, run, adapter.num_parameters())
-        learner = build_training(config, base.files, family, material, adapter, host.emit, controls.stop_wanted)
+        disk = require_space(config, run, adapter.num_parameters(), controls.step)
+        tell_disk_plan(run, disk, host.emit)
+        stop = controls.stop_wanted
+        learner = build_training(config, base.files, family, material, adapter, host.emit, stop, rungs)
         if learner is None:
             host.emit(_stopped(controls.step, "Stopped before the first step; nothing is lost."))
             return
 
         with contextlib.closing(learner):
-            training = Training(TrainingParts(run, config, host, controls, learner, material))
+            training = Training(TrainingParts(run, config, host, controls, learner, material, rungs))
             training.resume(checkpoint)
             freeze_garbage()
-            if training.run_steps():
-                finish(training.parts, training.saver)
+            try:
+                if training.run_steps():
+                    finish(training.parts, training.saver)
+            except NotFiniteError as error:
+                give_up(training.parts, training.saver, error)
 
 
 class Training:
@@ -67,6 +87,7 @@ class Training:
 
     def __init__(self, parts: TrainingParts) -> None:
         self.parts = parts
+        self.ladder = MemoryLadder(parts)
         self.saver = Saver(parts)
 
     def resume(self, checkpoint: Checkpoint | None) -> None:
@@ -79,8 +100,7 @@ class Training:
                 why="A picture, caption or mask was added, removed or edited.",
                 fix="Put the dataset back as it was, or start a new run.",
             )
-        tensors = {name: checkpoint.tensors(name) for name in self.parts.learner.group_names()}
-        self.parts.learner.load_state(tensors, checkpoint.state["learner"])
+        take_over(self.parts, checkpoint)
         self.saver.saved_step = checkpoint.step
 
     def run_steps(self) -> bool:
@@ -90,12 +110,14 @@ class Training:
         parts.emit(StageChanged(stage="train", label="Training"))
         meter.start()
         while controls.step < total:
-            meter.add(*parts.learner.run_step(controls.step))
+            meter.add(*self.ladder.run_step(controls.step))
             controls.step += 1
             # Lets the screen's thread run: short releases of the interpreter lock alone can starve it for seconds.
             time.sleep(YIELD_SECONDS)
             if controls.step % log_every == 0:
                 meter.read(controls.step)
+            elif meter.is_due:
+                meter.look(controls.step)
             self.between_steps()
             if Command.STOP in controls.wanted and controls.step < total:
                 self.saver.save_finally()
@@ -110,7 +132,7 @@ class Training:
         last = controls.step == parts.config.train.steps
         save = self._due(parts.config.checkpoints.every, Command.SAVE_NOW) and not last
         preview = self._due(parts.config.previews.every, Command.PREVIEW_NOW) and not last
-        if not (save or preview or controls.paused):
+        if not (save or preview or controls.paused or Command.PARK in controls.wanted):
             if self.saver.save_refused():
                 parts.meter.start()
             return
@@ -118,7 +140,7 @@ class Training:
             self.saver.save()
         if preview and Command.STOP not in controls.wanted:
             draw(parts)
-        self._wait_while_paused()
+        wait(parts, self.saver)
         parts.meter.start()
 
     def _due(self, every: int, command: Command) -> bool:
@@ -126,26 +148,6 @@ class Training:
         asked = command in controls.wanted
         controls.wanted.discard(command)
         return asked or (every > 0 and controls.step % every == 0)
-
-    def _wait_while_paused(self) -> None:
-        parts, controls = self.parts, self.parts.controls
-        if not controls.paused:
-            return
-        parts.meter.read(controls.step)
-        parts.emit(Paused(step=controls.step))
-        while controls.paused and Command.STOP not in controls.wanted:
-            command = parts.host.wait_command(PAUSE_POLL_SECONDS)
-            if command is None:
-                continue
-            controls.take(command)
-            if Command.SAVE_NOW in controls.wanted:
-                controls.wanted.discard(Command.SAVE_NOW)
-                self.saver.save()
-            if Command.PREVIEW_NOW in controls.wanted:
-                controls.wanted.discard(Command.PREVIEW_NOW)
-                draw(parts)
-        if not controls.paused:
-            parts.emit(Resumed(step=controls.step))
 
 
 def _stopped(step: int, message: str) -> RunEnded:

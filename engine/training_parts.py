@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from lorasmith.engine.config import RunConfig
 from lorasmith.engine.controls import Controls, Host, RunPaths
 from lorasmith.engine.events import Event
 from lorasmith.engine.learner import Learner
+from lorasmith.engine.out_of_memory import Rungs
 from lorasmith.engine.run_setup import Material
 from lorasmith.engine.step_meter import StepMeter
+
+if TYPE_CHECKING:
+    from lorasmith.engine.parking import Parking
 
 
 @dataclass
 class TrainingParts:
-    """One training in memory; `controls.step` counts finished steps, `started` is in seconds since the epoch."""
+    """One training in memory; `controls.step` counts finished steps, `started` is in seconds since the epoch.
+
+    `rungs` are what the run has done so far to need less memory.
+    """
 
     run: RunPaths
     config: RunConfig
@@ -23,10 +31,12 @@ class TrainingParts:
     controls: Controls
     learner: Learner
     material: Material
+    rungs: Rungs = field(default_factory=Rungs)
     started: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
-        self.meter = StepMeter(self.learner, self.host.emit)
+        self.meter = StepMeter(self.learner, self.material.plan, self.host.emit)
+        self.parking: Parking | None = None
 
     @property
     def step(self) -> int:
