@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import re
 import shutil
@@ -38,6 +39,7 @@ __all__ = [
 
 SAMPLE_SECONDS = 1.0
 _gpus = GpuReader()
+logger = logging.getLogger("lorasmith.hardware")
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class Sampler:
         self._seconds = seconds
         self._reader = reader or _gpus
         self._stopping = threading.Event()
+        self._failed = False
         # A daemon, since nothing is lost with it and a hanging driver must not keep the process from ending.
         self._thread = threading.Thread(target=self._run, name="hardware", daemon=True)
 
@@ -143,13 +146,17 @@ class Sampler:
             self._thread.join(self._seconds)
 
     def _run(self) -> None:
-        while True:
-            sample = gauges(self._reader.read(self._seconds), self._device)
-            if self._stopping.is_set():
-                return
-            self._callback(sample)
-            if self._stopping.wait(self._seconds):
-                return
+        while not self._stopping.is_set():
+            try:
+                sample = gauges(self._reader.read(self._seconds), self._device)
+                if not self._stopping.is_set():
+                    self._callback(sample)
+            except Exception:
+                # No descriptor or no thread is left, for example: the next second may be better.
+                if not self._failed:
+                    logger.exception("the gauges cannot be read")
+                self._failed = True
+            self._stopping.wait(self._seconds)
 
 
 def read_memory(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> Memory:

@@ -88,8 +88,9 @@ class GpuReader:
                 timeout = 0.0
             else:
                 self._asked_at = time.time()
-                self._pending = threading.Thread(target=self._read_into_answer, name="nvml", daemon=True)
-                self._pending.start()
+                self._pending = _start(self._read_into_answer)
+            if self._pending is None:
+                return GpuReading((), "The GPUs cannot be read: this process may start no more threads.")
             self._pending.join(timeout)
             if self._pending.is_alive():
                 return GpuReading((), f"The GPU readings were lost at {_clock(self._asked_at)}: the driver hangs.")
@@ -141,6 +142,15 @@ class GpuReader:
         self._known[index] = gpu
         self._lost_since.pop(index, None)
         return gpu, ""
+
+
+def _start(work: Callable[[], None]) -> threading.Thread | None:
+    thread = threading.Thread(target=work, name="nvml", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        return None
+    return thread
 
 
 def _query(index: int, driver: str | None) -> Gpu:

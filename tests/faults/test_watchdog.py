@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,9 @@ from lorasmith.engine.events import (
     StageChanged,
     Stalled,
     StallEnded,
-    StepsDone,
 )
 from lorasmith.engine.journal import Journal, replay
-from lorasmith.engine.run_file import Layer, resolve_config
-from lorasmith.engine.run_folder import create_run
 from lorasmith.engine.run_summary import summarize_run
-from lorasmith.engine.session import Session
 from lorasmith.engine.watchdog import (
     LIMIT_SECONDS,
     MAX_STACK_FILES,
@@ -40,6 +35,7 @@ from lorasmith.engine.watchdog import (
     StackFiles,
     Watchdog,
 )
+from tests.faults.hosting import Host, hosting, steps, stop, wait_for
 
 Record = Callable[[int, str, str], None]
 GAUGES = HardwareSampled(
@@ -78,12 +74,8 @@ def watched(tmp_path: Path) -> Watched:
     return Watched(tmp_path / "stacks")
 
 
-def steps(seconds: float) -> StepsDone:
-    return StepsDone(step=7, epoch=1, losses=[0.5], learning_rate=1e-4, grad_norm=0.1, seconds_per_step=seconds)
-
-
 def test_silence_past_the_limit_is_told_once_and_its_end_too(watched: Watched) -> None:
-    watched.dog.note(steps(0.5))
+    watched.dog.note(steps(7, 0.5))
     watched.pass_time(LIMIT_SECONDS - TICK_SECONDS)
     assert watched.told == []
     watched.pass_time(2 * TICK_SECONDS)
@@ -103,7 +95,7 @@ def test_silence_past_the_limit_is_told_once_and_its_end_too(watched: Watched) -
 
 
 def test_a_stall_that_goes_on_is_told_again_each_time_it_has_doubled(watched: Watched) -> None:
-    watched.dog.note(steps(0.5))
+    watched.dog.note(steps(7, 0.5))
     watched.pass_time(16 * LIMIT_SECONDS + 100)
     seconds = [round(stall.seconds / LIMIT_SECONDS) for stall in watched.stalls()]
     assert seconds == [1, 2, 4, 8, 16]
@@ -115,7 +107,7 @@ def test_a_stall_that_goes_on_is_told_again_each_time_it_has_doubled(watched: Wa
 def test_the_limit_follows_the_pace_of_the_steps(watched: Watched, step_seconds: list[float], limit: float) -> None:
     watched.dog.note(StageChanged(stage="train", label="Training"))
     for seconds in step_seconds:
-        watched.dog.note(steps(seconds))
+        watched.dog.note(steps(7, seconds))
     assert watched.dog.limit() == limit
     watched.pass_time(limit - TICK_SECONDS)
     assert watched.told == []
@@ -222,53 +214,25 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def hosted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[..., None]], Session]]:
-    resolved = resolve_config([Layer("test", {"run": {"output_folder": str(tmp_path / "runs")}})])
-    sessions: list[Session] = []
-
-    def host(train: Callable[..., None]) -> Session:
-        trainer = types.ModuleType("lorasmith.engine.trainer")
-        trainer.train = train  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "lorasmith.engine.trainer", trainer)
-        sessions.append(Session(create_run(resolved), resolved.config))
-        sessions[-1].start()
-        return sessions[-1]
-
-    yield host
-    for session in sessions:
-        assert session.stop_and_join(20)
-
-
-def wait_for(session: Session, kind: type[Event]) -> Event:
-    deadline = threading.Event()
-    for _ in range(2000):
-        if kind in session.latest:
-            return session.latest[kind]
-        deadline.wait(0.01)
-    raise AssertionError(f"no {kind.__name__} came")
-
-
-def ended(host: Any) -> None:
-    host.emit(RunEnded(outcome="stopped", step=7, message="Stopped."))
+def hosted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    with hosting(tmp_path, monkeypatch) as host:
+        yield host
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_hanging_engine_is_told_in_journal_and_list_and_its_end_too(
-    hosted: Callable[[Callable[..., None]], Session], record: Record
-) -> None:
+def test_a_hanging_engine_is_told_in_journal_and_list_and_its_end_too(hosted: Host, record: Record) -> None:
     go_on = threading.Event()
 
     def train(run: Any, config: Any, host: Any) -> None:
         host.emit(StageChanged(stage="train", label="Training"))
-        host.emit(steps(0.001))
+        host.emit(steps(7))
         go_on.wait(30)
         host.next_commands()
         wait_for(session, StallEnded)
-        ended(host)
+        stop(host)
 
     session = hosted(train)
     stalled = wait_for(session, Stalled)
-    assert isinstance(stalled, Stalled)
     assert stalled.where.startswith("training (in Session._train, engine.session line ")
     assert "wait" in Path(stalled.stacks).read_text()
     summary = summarize_run(session.run)
@@ -283,14 +247,14 @@ def test_a_hanging_engine_is_told_in_journal_and_list_and_its_end_too(
 
 @pytest.mark.usefixtures("quick")
 def test_pausing_and_looking_for_commands_are_signs_of_life(
-    hosted: Callable[[Callable[..., None]], Session],
+    hosted: Host,
 ) -> None:
     def train(run: Any, config: Any, host: Any) -> None:
         for _ in range(12):
             host.wait_command(0.1)
         while Command.STOP not in host.next_commands():
             pass
-        ended(host)
+        stop(host)
 
     session = hosted(train)
     threading.Event().wait(1.5)
@@ -301,7 +265,7 @@ def test_pausing_and_looking_for_commands_are_signs_of_life(
 
 @pytest.mark.usefixtures("quick")
 def test_a_disk_that_hangs_under_the_journal_is_told_on_the_screen(
-    hosted: Callable[[Callable[..., None]], Session], monkeypatch: pytest.MonkeyPatch
+    hosted: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lorasmith.engine import session as session_module
 
@@ -317,11 +281,10 @@ def test_a_disk_that_hangs_under_the_journal_is_told_on_the_screen(
 
     def train(run: Any, config: Any, host: Any) -> None:
         host.emit(StageChanged(stage="train", label="Training"))
-        ended(host)
+        stop(host)
 
     session = hosted(train)
     stalled = wait_for(session, Stalled)
-    assert isinstance(stalled, Stalled)
     assert "Session." in stalled.where
     disk.set()
 
