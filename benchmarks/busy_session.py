@@ -24,6 +24,8 @@ LAYERS = 60
 class BusySession:
     """The session's interface around a real torch loop; `steps` holds (end of the step, seconds) of each step."""
 
+    outcome = None
+
     def __init__(self, total_steps: int = 1_000_000) -> None:
         self.finished = False
         self.steps: list[tuple[float, float]] = []

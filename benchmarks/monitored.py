@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import fmean
@@ -19,7 +20,7 @@ from textual.app import App
 from lorasmith.engine.commands import Command
 from lorasmith.engine.events import Event
 from lorasmith.tui.screens.monitor import MonitorScreen
-from lorasmith.tui.terminal import run_app
+from lorasmith.tui.screen_host import run_app
 from lorasmith.tui.theme import THEME
 
 WARM_UP_SECONDS = 6.0
@@ -29,6 +30,7 @@ class IdleSession:
     """No engine at all, one curve to show."""
 
     finished = False
+    outcome = None
 
     def __init__(self) -> None:
         from lorasmith.engine import events
@@ -123,7 +125,7 @@ def main() -> int:
     if isinstance(session, BusySession):
         session.start()
     plan = (Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])) if len(sys.argv) > 4 else None
-    log = Path(sys.argv[2]).with_suffix(".log") if len(sys.argv) > 2 else Path("/dev/null")
+    log = Path(sys.argv[2]).with_suffix(".log") if len(sys.argv) > 2 else Path(tempfile.mkdtemp()) / "screen.log"
     return run_app(MonitoredApp(session, plan), lambda: session, log)
 
 

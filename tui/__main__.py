@@ -55,7 +55,7 @@ def run_wizard(*, demo: bool = False) -> int:
     """Show the wizard until the user leaves; a training that still goes on is waited for."""
     from lorasmith.tui.app import LorasmithApp
     from lorasmith.tui.draft import Draft, state_folder
-    from lorasmith.tui.terminal import run_app
+    from lorasmith.tui.screen_host import run_app
 
     # A worker that rarely lets go of the interpreter would hold the screen up for 5 ms a time at the default.
     sys.setswitchinterval(0.001)

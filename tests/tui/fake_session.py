@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from types import SimpleNamespace
 
 from lorasmith.engine import events
 from lorasmith.engine.commands import Command
@@ -36,6 +37,8 @@ class BeatingSession(HandFedSession):
     def __init__(self, folder: Path, steps: int, seconds_per_step: float = 0.02) -> None:
         super().__init__()
         self.folder = folder
+        self.run = SimpleNamespace(path=folder, log=folder / "run.log")
+        self.latest: dict[type[events.Event], events.Event] = {}
         self.beats = folder / "beats"
         self._steps = steps
         self._seconds = seconds_per_step
@@ -48,24 +51,36 @@ class BeatingSession(HandFedSession):
     def send(self, command: Command) -> None:
         self._commands.put(command)
 
+    def emit(self, event: events.Event) -> None:
+        """As `Session.emit`; the "journal" is the name of each event and its message."""
+        with (self.folder / "journal").open("a") as file:
+            file.write(f"{type(event).__name__} {getattr(event, 'message', '')}\n")
+        self.latest = {**self.latest, type(event): event}
+        self.waiting.append(event)
+
+    @property
+    def outcome(self) -> events.RunEnded | None:
+        ended = self.latest.get(events.RunEnded)
+        return ended if isinstance(ended, events.RunEnded) else None
+
     def join(self, timeout: float | None = None) -> bool:
         self._thread.join(timeout)
         return self.finished
 
     def _run(self) -> None:
-        self.waiting.append(
+        self.emit(
             events.RunStarted(
                 run="beats", total_steps=self._steps, resumed_from=0, config={}, versions={}, device="cpu"
             )
         )
-        self.waiting.append(events.StageChanged(stage="train", label="Training"))
+        self.emit(events.StageChanged(stage="train", label="Training"))
         step, stopped = 0, False
         while step < self._steps and not stopped:
             step += 1
             time.sleep(self._seconds)
             with self.beats.open("a") as file:
                 file.write(f"{step} {time.monotonic()}\n")
-            self.waiting.append(
+            self.emit(
                 events.StepsDone(
                     step=step, epoch=0, losses=[1.0 / step], learning_rate=1e-4, grad_norm=1.0,
                     seconds_per_step=self._seconds,
@@ -79,14 +94,14 @@ class BeatingSession(HandFedSession):
             command = self._commands.get_nowait()
         except Empty:
             return False
-        self.waiting.append(events.CommandReceived(command=command, step=step))
+        self.emit(events.CommandReceived(command=command, step=step))
         return command is Command.STOP
 
     def _end(self, step: int, stopped: bool) -> None:
         if stopped:
             (self.folder / "checkpoint").write_text(str(step))
-            self.waiting.append(events.CheckpointSaved(step=step, path=str(self.folder), bytes=1, seconds=0.0))
-        self.waiting.append(
+            self.emit(events.CheckpointSaved(step=step, path=str(self.folder), bytes=1, seconds=0.0))
+        self.emit(
             events.RunEnded(
                 outcome="stopped" if stopped else "finished",
                 step=step,

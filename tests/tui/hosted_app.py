@@ -9,7 +9,7 @@ from typing import Any
 from textual.app import App
 
 from lorasmith.tui.screens.monitor import MonitorScreen
-from lorasmith.tui.terminal import run_app
+from lorasmith.tui.screen_host import run_app
 from tests.tui.fake_session import BeatingSession
 
 
