@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from textual import events
 from textual.app import App, SystemCommand
-from textual.binding import BindingType
+from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.screen import Screen
 
@@ -40,7 +40,10 @@ class LorasmithApp(App[int]):
 
     TITLE = "lorasmith"
     CSS_PATH = "app.tcss"
-    BINDINGS: ClassVar[list[BindingType]] = [*bindings("app")]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        *bindings("app"),
+        Binding("ctrl+z", "tell_no_suspend", show=False, priority=True, id="no-suspend"),
+    ]
 
     class Looked(Message):
         """A look that a worker thread took is done."""
@@ -111,6 +114,13 @@ class LorasmithApp(App[int]):
         """Cover the pages while the terminal is too small for them."""
         if not fits(event.size.width, event.size.height) and not isinstance(self.screen, TooSmall):
             self.push_screen(TooSmall())
+
+    def action_tell_no_suspend(self) -> None:
+        """Say why Ctrl-Z, which stops programs elsewhere, does nothing here."""
+        self.notify(
+            "Ctrl-Z is off: it would stop the training too. Close this terminal, or detach tmux, and training goes on.",
+            markup=False,
+        )
 
     async def action_quit(self) -> None:
         """Save the draft and leave; a screen with a running training asks first (`request_quit`)."""

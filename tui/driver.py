@@ -7,6 +7,7 @@ the input, and stops the whole process on SIGTSTP; each would stop a training th
 from __future__ import annotations
 
 import codecs
+import logging
 import os
 import queue
 import selectors
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 MAX_QUEUED_FRAMES = 30
 STOP_SECONDS = 1.0
+
+logger = logging.getLogger("lorasmith.screen")
 
 
 class SafeWriter(WriterThread):
@@ -56,19 +59,30 @@ class SafeWriter(WriterThread):
     def run(self) -> None:
         """Write until stopped; after an error only empty the queue."""
         while (frame := self._frames.get()) is not None:
-            if not self.dead:
-                self._write_all(frame)
-            if self._dropped and self._frames.empty() and not self.dead:
-                self._dropped = False
-                self._on_recovered()
+            try:
+                self._show(frame)
+            except Exception:
+                # Without a word, the screen would stand still for ever: it ends as if the terminal was gone.
+                logger.exception("the writer of the screen failed")
+                self._die()
+
+    def _show(self, frame: bytes) -> None:
+        if not self.dead:
+            self._write_all(frame)
+        if self._dropped and self._frames.empty() and not self.dead:
+            self._dropped = False
+            self._on_recovered()
+
+    def _die(self) -> None:
+        self.dead = True
+        self._on_lost()
 
     def _write_all(self, frame: bytes) -> None:
         try:
             while frame:
                 frame = frame[os.write(self._fd, frame) :]
         except OSError:
-            self.dead = True
-            self._on_lost()
+            self._die()
 
     def stop(self) -> None:
         """End the thread; a terminal that does not read gets a moment, then the daemon thread is left behind."""

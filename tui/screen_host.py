@@ -227,7 +227,7 @@ def wait_headless(session: HostedRun, handlers: SignalHandlers, terminal: Termin
             break
         terminal.lines.flush()
         handlers.stopping.end_if_overdue(session)
-    if not seen and session.outcome is not None and not terminal.lost:
+    if not seen and session.outcome is not None and not handlers.stopping.asked and not terminal.lost:
         terminal.lines.write(terminal_notice(session.outcome, session.run.path.name, os.environ))
 
 

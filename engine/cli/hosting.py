@@ -120,7 +120,8 @@ class Hosting:
 
     def _ring(self) -> None:
         ended = self._printer.ended
-        if ended is not None and self._stream.isatty() and not self._lost:
+        # Who stopped it sits at the terminal.
+        if ended is not None and ended.outcome != "stopped" and self._stream.isatty() and not self._lost:
             passes = tmux_passes_through(os.environ)
             self._stream.write(terminal_notice(ended, self._run.path.name, os.environ, passthrough=passes))
             self._stream.flush()
