@@ -110,6 +110,8 @@ def test_values_out_of_range_are_refused(key: str, value: Any) -> None:
             "optimizer.lora_plus_ratio",
         ),
         ({"train__steps": 100, "schedule__warmup_steps": 100}, "schedule.warmup_steps"),
+        ({"train__steps": 100, "schedule__start_step": 60, "schedule__warmup_steps": 40}, "smaller than the 40 steps"),
+        ({"train__steps": 100, "schedule__start_step": 100}, "schedule.start_step (100) must be smaller"),
     ],
 )
 def test_a_contradiction_is_one_sentence_that_names_the_setting(settings: dict[str, Any], named: str) -> None:

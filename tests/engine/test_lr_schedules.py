@@ -43,3 +43,10 @@ def test_cosine_with_restarts_begins_each_period_at_the_full_rate() -> None:
 @pytest.mark.parametrize("warmup", [0, 1, 7])
 def test_every_step_learns_something_and_none_more_than_the_full_rate(name: str, warmup: int) -> None:
     assert all(0.0 < value <= 1.0 for value in factors(40, name=name, warmup_steps=warmup))
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "cosine_restarts"])
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_a_schedule_that_starts_later_is_the_same_shape_on_the_steps_that_are_left(name: str, warmup: int) -> None:
+    later = factors(30, name=name, warmup_steps=warmup, start_step=10)
+    assert later == [1.0] * 10 + factors(20, name=name, warmup_steps=warmup)

@@ -126,6 +126,22 @@ def test_weight_decay_pulls_weights_to_zero() -> None:
     assert torch.allclose(adapter.modules[0].down, before * (1 - 1e-3))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_count_and_not_what_the_checkpoint_had(name: str) -> None:
+    adapter = small_adapter()
+    optimizer = build(adapter, name, weight_decay=0.01)
+    advance(adapter, optimizer, 0, 2)
+    other = build_optimizer(
+        small_adapter(),
+        OptimizerSettings(name=name, learning_rate=0.5, weight_decay=0.2),  # type: ignore[arg-type]
+        AdapterSettings(text_encoder_learning_rate=0.25),
+    )
+    load_optimizer(other, *optimizer_tensors(optimizer))
+    # Prodigy has one rate for all.
+    assert {group["base_lr"] for group in other.param_groups} == ({0.5} if name == "prodigy" else {0.5, 0.25})
+    assert {group["weight_decay"] for group in other.param_groups} == {0.2}
+
+
 def test_a_state_with_other_groups_is_refused() -> None:
     tensors, rest = optimizer_tensors(build(small_adapter(), "adamw"))
     alone = small_adapter()
