@@ -8,8 +8,8 @@ Lines are strict JSON: a loss that is not finite is the string "NaN", "Infinity"
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import errno
 import functools
 import json
 import math
@@ -24,6 +24,7 @@ from typing import Any
 from lorasmith.engine import events
 from lorasmith.engine.errors import StorageError
 from lorasmith.engine.events import SCHEMA_VERSION, CheckpointSaved, Event, HardwareSampled, Logged, RunEnded
+from lorasmith.engine.storage import is_disk_full
 
 HEADER = "JournalHeader"
 SYNC_SECONDS = 1.0
@@ -47,14 +48,18 @@ class Journal:
         self._dirty = False
         self._closed = False
         self._wake = threading.Event()
+        self._torn = False
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise _unwritable(path, error) from None
         try:
             self._begin()
-        except BaseException:
-            os.close(self._fd)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                os.close(self._fd)
+            if isinstance(error, OSError):
+                raise _unwritable(path, error) from None
             raise
         self._thread = threading.Thread(target=self._keep_synced, name="journal-sync", daemon=True)
         self._thread.start()
@@ -92,7 +97,8 @@ class Journal:
         with self._lock:
             complete = self._flush()
             self._sync(self._fd)
-            os.close(self._fd)
+            with contextlib.suppress(OSError):
+                os.close(self._fd)
         return complete
 
     def _begin(self) -> None:
@@ -108,7 +114,7 @@ class Journal:
 
     def _flush(self) -> bool:
         while self._waiting:
-            problem = _write_line(self._fd, self._waiting[0])
+            problem = self._write_line(self._waiting[0])
             if problem:
                 self._write_problem = f"{problem}: {self.path}"
                 return False
@@ -116,6 +122,23 @@ class Journal:
             self._dirty = True
         self._write_problem = ""
         return True
+
+    def _write_line(self, line: bytes) -> str:
+        """Write `line` whole or not at all; return why it could not be written, or an empty string."""
+        try:
+            if self._torn:
+                # Or this line would be glued to the part that an earlier write left.
+                _cut_torn_line(self._fd)
+                self._torn = False
+            written = os.write(self._fd, line)
+            if written == len(line):
+                return ""
+            self._torn = True
+            _cut_torn_line(self._fd)
+            self._torn = False
+        except OSError as error:
+            return "disk full" if self._torn or is_disk_full(error) else str(error.strerror)
+        return "disk full"
 
     def _keep_synced(self) -> None:
         while not self._closed:
@@ -148,7 +171,11 @@ class Follower:
         self.position = 0
 
     def poll(self, max_bytes: int | None = None) -> list[Event]:
-        """Return the events written since the last call, of complete lines only.
+        """Return the events written since the last call; see `lines`."""
+        return [event for line in self.lines(max_bytes) if (event := decode(line, self.path)) is not None]
+
+    def lines(self, max_bytes: int | None = None) -> list[bytes]:
+        """Return the complete lines written since the last call, to be decoded by `decode`.
 
         `max_bytes` bounds the work of one call on a long journal; call again until it returns nothing. Raises
         StorageError where the file cannot be read or belongs to a newer version.
@@ -169,7 +196,7 @@ class Follower:
         lines = complete.splitlines(keepends=True)
         if first and lines:
             _check_schema(_header(lines[0]), self.path)
-        return [event for line in lines if (event := decode(line, self.path)) is not None]
+        return lines
 
 
 def replay(path: Path, only: Container[str] | None = None) -> Iterator[Event]:
@@ -287,22 +314,6 @@ def _check_schema(header: dict[str, Any], path: Path) -> None:
         )
 
 
-def _write_line(fd: int, line: bytes) -> str:
-    """Write `line` whole or not at all; return why it could not be written, or an empty string."""
-    try:
-        written = os.write(fd, line)
-    except OSError as error:
-        return "disk full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error.strerror)
-    if written == len(line):
-        return ""
-    try:
-        # The disk took a part of the line: cut back to the last newline, or the next line would be glued to it.
-        os.ftruncate(fd, os.fstat(fd).st_size - written)
-    except OSError as error:
-        return f"disk full, and the torn line cannot be cut off ({error.strerror})"
-    return "disk full"
-
-
 def _cut_torn_line(fd: int) -> None:
     end = size = os.fstat(fd).st_size
     while end:
@@ -325,7 +336,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _unwritable(path: Path, error: OSError) -> StorageError:
-    return StorageError(f"Cannot write the journal {path}.", why=str(error.strerror), fix="Check the folder's rights.")
+    fix = "Free some space on that disk." if is_disk_full(error) else "Check the folder's rights."
+    return StorageError(f"Cannot write the journal {path}.", why=str(error.strerror), fix=fix)
 
 
 def _unreadable(path: Path, error: OSError) -> StorageError:

@@ -37,6 +37,7 @@ class GlyphSet:
     tick: str
     separator: str
     ellipsis: str
+    cross: str
     half_blocks: bool
 
     def draw(self, dots: Dots) -> list[str]:
@@ -53,10 +54,10 @@ class GlyphSet:
 
 
 BRAILLE = GlyphSet(
-    "braille", 4, 2, " " + "".join(map(chr, range(0x2801, 0x2900))), "━", "─", "│", "└", "─", "┴", "·", "…", True
+    "braille", 4, 2, " " + "".join(map(chr, range(0x2801, 0x2900))), "━", "─", "│", "└", "─", "┴", "·", "…", "×", True
 )
-BLOCK = GlyphSet("block", 2, 1, " ▀▄█", "█", "░", "│", "└", "─", "┴", "·", "…", True)
-ASCII = GlyphSet("ascii", 2, 1, " '.:", "#", "-", "|", "+", "-", "+", "-", "~", False)
+BLOCK = GlyphSet("block", 2, 1, " ▀▄█", "█", "░", "│", "└", "─", "┴", "·", "…", "×", True)
+ASCII = GlyphSet("ascii", 2, 1, " '.:", "#", "-", "|", "+", "-", "+", "-", "~", "x", False)
 
 
 def detect_glyphs(environ: Mapping[str, str] | None = None, encoding: str | None = None) -> GlyphSet:

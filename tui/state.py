@@ -6,91 +6,23 @@ show the same: the state after a live run equals the state replayed from its jou
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from lorasmith.engine import events
+from lorasmith.tui.curve import Curve, Floats
 from lorasmith.tui.event_words import describe_event
 
-Floats = npt.NDArray[np.float64]
+__all__ = ["Curve", "Floats", "LogLine", "RunState", "reduce"]
 EventT = TypeVar("EventT", bound=events.Event)
 
 _WARNINGS = (events.NotFinite, events.RolledBack, events.MemoryReduced, events.Stalled)
 LOG_LINES = 500
 SPEED_WINDOW_STEPS = 200
-FIRST_CAPACITY = 256
-
-
-class _Buffer:
-    """Storage that several curves share; `filled` values at its start belong to the longest of them."""
-
-    def __init__(self, values: Floats, filled: int) -> None:
-        self.values = values
-        self.filled = filled
-
-
-class Curve:
-    """One immutable number per finished step: value `i` belongs to step `i + 1`, NaN where none is known.
-
-    Extending costs amortized O(new values): the new curve shares the old one's buffer, which grows by doubling. A curve
-    that is extended a second time copies, so no curve ever changes under its holder.
-    """
-
-    def __init__(self, values: Iterable[float] = ()) -> None:
-        """Hold `values`, the first one for step 1."""
-        array = np.asarray(list(values), dtype=np.float64)
-        self._buffer = _Buffer(array, len(array))
-        self._length = len(array)
-
-    def __len__(self) -> int:
-        """Return the last step that has a value or a gap."""
-        return self._length
-
-    def __eq__(self, other: object) -> bool:
-        """Say whether both hold the same values, NaN equal to NaN."""
-        return isinstance(other, Curve) and np.array_equal(self.values, other.values, equal_nan=True)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    @property
-    def values(self) -> Floats:
-        """The values as a read-only view, shape (steps,)."""
-        view = self._buffer.values[: self._length]
-        view.flags.writeable = False
-        return view
-
-    def cut(self, length: int) -> Curve:
-        """Return the curve of the first `length` steps."""
-        return self if length >= self._length else self._share(self._buffer, max(0, length))
-
-    def put(self, last_step: int, values: Iterable[float]) -> Curve:
-        """Return the curve with `values` for the steps that end at `last_step`; later steps are dropped."""
-        new = np.asarray(list(values), dtype=np.float64)
-        first = max(0, last_step - len(new))
-        length = first + len(new)
-        kept = min(self._length, first)
-        buffer = self._buffer
-        if buffer.filled > kept or length > len(buffer.values):
-            grown = np.full(max(FIRST_CAPACITY, length if length <= len(buffer.values) else 2 * length), np.nan)
-            grown[:kept] = buffer.values[:kept]
-            buffer = _Buffer(grown, kept)
-        buffer.values[kept:first] = np.nan
-        buffer.values[first:length] = new
-        buffer.filled = length
-        return self._share(buffer, length)
-
-    @staticmethod
-    def _share(buffer: _Buffer, length: int) -> Curve:
-        curve = Curve.__new__(Curve)
-        curve._buffer = buffer
-        curve._length = length
-        return curve
 
 
 @dataclass(frozen=True)
@@ -125,7 +57,8 @@ class RunState:
     learning_rate: float = math.nan
     grad_norm: float = math.nan
     paces: tuple[tuple[int, float], ...] = ()
-    """The newest measurements as (steps, seconds per step)."""
+    """The newest measurements as (steps, seconds per step), of `paced_steps` steps in all."""
+    paced_steps: int = 0
     hardware: events.HardwareSampled | None = None
     vram_peak_gib: float = 0.0
     logs: tuple[LogLine, ...] = ()
@@ -137,13 +70,14 @@ class RunState:
     parked: events.Parked | None = None
     stalled: events.Stalled | None = None
     not_finite: tuple[events.NotFinite, ...] = ()
+    memory_reduced: tuple[events.MemoryReduced, ...] = ()
     stopping: bool = False
     ended: events.RunEnded | None = None
 
     @property
     def seconds_per_step(self) -> float:
         """Mean over the last steps, or NaN before the first."""
-        steps = sum(count for count, _ in self.paces)
+        steps = self.paced_steps
         return sum(count * seconds for count, seconds in self.paces) / steps if steps else math.nan
 
     @property
@@ -158,8 +92,16 @@ class RunState:
 
     @property
     def num_invalid_losses(self) -> int:
-        """How many steps up to now have a loss that is not finite, left-out steps included."""
-        return int(np.count_nonzero(~np.isfinite(self.losses.values)))
+        """How many steps up to now have a loss or a gradient that is not finite, left-out steps included."""
+        finite = np.isfinite(self.losses.values)
+        known = {item.step for item in self.not_finite}
+        gradients = sum(1 for step in known if step > len(finite) or finite[step - 1])
+        return int(np.count_nonzero(~finite)) + gradients
+
+    @property
+    def marks(self) -> tuple[int, ...]:
+        """The steps that changed nothing because their loss or gradient was not finite."""
+        return tuple(item.step for item in self.not_finite)
 
 
 def reduce(state: RunState, event: events.Event) -> RunState:
@@ -171,7 +113,14 @@ def reduce(state: RunState, event: events.Event) -> RunState:
         line = None  # one line for all pictures of a step: the log is short and the pictures are shown
     if line:
         changes["logs"] = (*state.logs[1 - LOG_LINES :], line)
-    return dataclasses.replace(state, last_event_at=event.time, **changes)
+    return _with_changes(state, {"last_event_at": event.time, **changes})
+
+
+def _with_changes(state: RunState, changes: Changes) -> RunState:
+    # Not dataclasses.replace, which passes every field through __init__: a journal has tens of thousands of events.
+    changed = object.__new__(RunState)
+    vars(changed).update(vars(state), **changes)
+    return changed
 
 
 Changes = dict[str, Any]
@@ -205,10 +154,12 @@ def _started(state: RunState, event: events.RunStarted) -> Changes:
         "step": event.resumed_from,
         "losses": state.losses.cut(event.resumed_from),
         "paces": (),
+        "paced_steps": 0,
         "previews": tuple(item for item in state.previews if item.step <= event.resumed_from),
         "checkpoints": tuple(item for item in state.checkpoints if item.step <= event.resumed_from),
         "exports": tuple(item for item in state.exports if item.step <= event.resumed_from),
         "not_finite": tuple(item for item in state.not_finite if item.step <= event.resumed_from),
+        "memory_reduced": tuple(item for item in state.memory_reduced if item.step <= event.resumed_from),
         **_GOING_ON,
         "stopping": False,
         "ended": None,
@@ -232,8 +183,10 @@ def _dataset(state: RunState, event: events.DatasetReady) -> Changes:
 
 @_on(events.StepsDone)
 def _steps(state: RunState, event: events.StepsDone) -> Changes:
-    paces = (*state.paces, (max(1, len(event.losses)), event.seconds_per_step))
-    while len(paces) > 1 and sum(count for count, _ in paces[1:]) >= SPEED_WINDOW_STEPS:
+    count = max(1, len(event.losses))
+    paces, steps = (*state.paces, (count, event.seconds_per_step)), state.paced_steps + count
+    while len(paces) > 1 and steps - paces[0][0] >= SPEED_WINDOW_STEPS:
+        steps -= paces[0][0]
         paces = paces[1:]
     return {
         "step": event.step,
@@ -241,7 +194,8 @@ def _steps(state: RunState, event: events.StepsDone) -> Changes:
         "losses": state.losses.put(event.step, event.losses),
         "learning_rate": event.learning_rate,
         "grad_norm": event.grad_norm,
-        "paces": paces[-SPEED_WINDOW_STEPS:],
+        "paces": paces,
+        "paced_steps": steps,
     }
 
 
@@ -298,6 +252,11 @@ def _stall_ended(state: RunState, event: events.StallEnded) -> Changes:
 @_on(events.NotFinite)
 def _not_finite(state: RunState, event: events.NotFinite) -> Changes:
     return {"not_finite": (*state.not_finite, event)}
+
+
+@_on(events.MemoryReduced)
+def _memory_reduced(state: RunState, event: events.MemoryReduced) -> Changes:
+    return {"memory_reduced": (*state.memory_reduced, event)}
 
 
 @_on(events.RolledBack)

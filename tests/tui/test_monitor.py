@@ -336,7 +336,7 @@ async def test_quitting_while_training_stops_saves_and_then_leaves(tmp_path: Pat
     source = HandFedSession(*training(tmp_path))
     async with monitor(source) as pilot:
         await pilot.press("ctrl+q")
-        assert "Stop it and quit?" in text(pilot)
+        assert "What shall become of it?" in text(pilot)
         await pilot.press("n")
         assert source.sent == []
         await pilot.press("ctrl+q", "y")
@@ -352,7 +352,7 @@ async def test_help_lists_the_keys_and_closes_on_any_key(key: str) -> None:
     async with monitor(HandFedSession(*begun())) as pilot:
         await pilot.press(key)
         assert "linear or logarithmic y axis" in text(pilot)
-        assert "ctrl+q      quit; asks while training" in text(pilot)
+        assert "ctrl+q      quit; asks while this process trains" in text(pilot)
         await pilot.press("escape")
         assert "linear or logarithmic" not in text(pilot)
 

@@ -18,11 +18,12 @@ from textual.screen import Screen
 from textual.widgets import Footer
 
 from lorasmith.engine.commands import Command
-from lorasmith.tui.bridge import Bridge, FollowedRun, RunSource
+from lorasmith.tui.bridge import AttachedRun, Bridge, FollowedRun, RunSource
+from lorasmith.tui.end_bell import ring
 from lorasmith.tui.screens import monitor_text as say
-from lorasmith.tui.screens.ask import Answer, AskScreen
 from lorasmith.tui.screens.monitor_help import MonitorHelp
-from lorasmith.tui.state import RunState
+from lorasmith.tui.screens.monitor_questions import LEAVE, PARK, STOP, ask_park, ask_quit, ask_stop
+from lorasmith.tui.state import LogLine, RunState
 from lorasmith.tui.widgets.chart import LossChart
 from lorasmith.tui.widgets.gauge import Gauge, hardware_readings
 from lorasmith.tui.widgets.line import Line, glyphs
@@ -38,7 +39,8 @@ POLLS_PER_CHART = 4
 class MonitorScreen(Screen[None]):
     """Shows `source` and sends it commands; leaving ends the application with the run's exit code.
 
-    While a training goes on, leaving asks first: `request_quit` is what the application's quit action calls.
+    While a training of this process goes on, leaving asks first: `request_quit` is what the application's quit action
+    calls. A run of another process is left without a question: nothing here can end it but the stop command.
     """
 
     CSS_PATH = Path(__file__).with_name("monitor.tcss")
@@ -49,6 +51,7 @@ class MonitorScreen(Screen[None]):
         Binding("p", "pause_or_resume", "Pause", id="monitor.pause"),
         Binding("s", "save_now", "Save", id="monitor.save"),
         Binding("v", "preview_now", "Preview", id="monitor.preview"),
+        Binding("k", "park", "Park", id="monitor.park"),
         Binding("x", "stop", "Stop", id="monitor.stop"),
         Binding("space", "pause_charts", "Charts", id="monitor.charts"),
         Binding("l", "log_y", "Log y", show=False, id="monitor.log_y"),
@@ -61,7 +64,7 @@ class MonitorScreen(Screen[None]):
         Binding("down", "browse(0, 1)", "Next prompt", show=False, id="monitor.prompt_after"),
         Binding("y", "copy_path", "Copy path", show=False, id="monitor.copy"),
         Binding("f1,question_mark", "help", "Help", id="monitor.help", key_display="F1"),
-        Binding("enter,q", "leave", "Leave", id="monitor.leave", key_display="enter"),
+        Binding("enter,q", "leave", "Leave", id="monitor.leave", key_display="q"),
         Binding("ctrl+q", "request_quit", "Quit", id="monitor.quit"),
     ]
 
@@ -71,6 +74,8 @@ class MonitorScreen(Screen[None]):
         self.bridge = Bridge(source, state)
         self.charts_paused = False
         self._asked: Command | None = None
+        self._asked_after: LogLine | None = None
+        self._was_in_control = False
         self._leave_when_over = False
         self._polls = 0
         self._unseen = False
@@ -82,6 +87,7 @@ class MonitorScreen(Screen[None]):
         self._chart = LossChart(id="chart")
         self._preview = Preview(id="preview")
         self._gauges = [Gauge(reading) for reading in hardware_readings(None)]
+        self._notice = Summary(id="notice")
         self._summary = Summary(id="summary")
         self._log = LogTail(id="log")
 
@@ -97,12 +103,18 @@ class MonitorScreen(Screen[None]):
 
     @property
     def watching(self) -> bool:
-        """Whether the run belongs to another process, so that it can be watched but not commanded."""
-        return isinstance(self.bridge.source, FollowedRun)
+        """Whether the run belongs to another process, so that leaving never touches it."""
+        return isinstance(self.bridge.source, FollowedRun | AttachedRun)
+
+    @property
+    def in_control(self) -> bool:
+        """Whether commands reach the run."""
+        source = self.bridge.source
+        return source.in_control if isinstance(source, FollowedRun | AttachedRun) else True
 
     def compose(self) -> ComposeResult:
         """Three rows of words, chart and previews, gauges or the summary, log, keys."""
-        yield from (self._headline, self._progress, self._numbers)
+        yield from (self._headline, self._progress, self._numbers, self._notice)
         with Horizontal(id="pictures"):
             yield from (self._chart, self._preview)
         with Container(id="gauges"):
@@ -131,8 +143,11 @@ class MonitorScreen(Screen[None]):
                 self._show_chart()
             self._unseen = False
             self._show_words()
-        if self.over and not self._summary_shown:
-            self._show_end()
+        if self.over != self._summary_shown:
+            self._show_end() if self.over else self._show_going_on()
+        if self.in_control != self._was_in_control:
+            self._was_in_control = self.in_control
+            self.refresh_bindings()
 
     def _news(self) -> tuple[object, ...]:
         """What is worth a refresh at once."""
@@ -141,25 +156,30 @@ class MonitorScreen(Screen[None]):
         return state.stage, state.paused, state.stopping, state.ended, last_log, len(state.previews)
 
     def _forget_asked(self) -> None:
+        """Forget what was asked once the run did it, or said something that tells why not."""
         state = self.state
         answered = {
             Command.PAUSE: state.paused,
             Command.RESUME: not state.paused,
+            Command.PARK: state.parked is not None,
             Command.STOP: state.stopping,
         }
+        latest = state.logs[-1] if state.logs else None
         # Saving and previews are told by the log as they happen; the word goes when the engine took the command up.
-        latest = state.logs[-1].message if state.logs else ""
-        if self._asked and answered.get(self._asked, latest.startswith("Command at")):
+        took_up = latest is not None and latest.message.startswith("Command at")
+        refused = latest is not None and latest is not self._asked_after and latest.severity != "info"
+        if self._asked and (refused or answered.get(self._asked, took_up)):
             self._asked = None
 
     def _show_words(self) -> None:
         state, marks, width = self.state, glyphs(), self.size.width - 2
         left, right = say.headline(state, self._asked, self.charts_paused, marks)
         if self.watching and not self.over:
-            right = [("watching another process  ", "dim"), *right]
+            right = [*say.attached_words(self.bridge.source), *right]
         self._headline.show(left, right)
         self._progress.show(*say.progress_line(state, time.time(), width, marks))
         self._numbers.show(say.numbers_line(state, self._chart.smoothed_loss(), width, marks))
+        self._notice.show([] if self.over else say.notice_rows(state, getattr(self.bridge.source, "problem", "")))
 
     def _show_parts(self) -> None:
         state = self.state
@@ -170,7 +190,7 @@ class MonitorScreen(Screen[None]):
 
     def _show_chart(self) -> None:
         if not self.charts_paused:
-            self._chart.show(self.state.losses)
+            self._chart.show(self.state.losses, self.state.marks)
 
     def _show_end(self) -> None:
         self._summary_shown = True
@@ -181,26 +201,35 @@ class MonitorScreen(Screen[None]):
         self._summary.show(say.summary_rows(self.state, watching=self.watching))
         self.add_class("-ended")
         self.refresh_bindings()
+        ring(self.app, self.state.ended, self.state.run)
         if self._leave_when_over:
-            self.action_leave()
+            self._leave()
+
+    def _show_going_on(self) -> None:
+        """Show a run again that somebody resumed while its end was shown."""
+        self._summary_shown = False
+        self._summary.show([])
+        self.remove_class("-ended")
+        self.refresh_bindings()
 
     # Keys
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Show the keys that do something now: commands while the run goes on, leaving when it is over."""
         if action == "leave":
-            return self.over
-        if action in ("pause_or_resume", "save_now", "preview_now", "stop"):
-            return not (self.over or self.watching)
+            return self.over or self.watching
+        if action in ("pause_or_resume", "save_now", "preview_now", "park", "stop"):
+            return self.in_control and not self.over
         if action == "pause_charts":
             return not self.over
         return True
 
     def send(self, command: Command) -> None:
         """Send `command` to the run and say that it was asked."""
-        if self.over or self.watching:
+        if self.over or not self.in_control:
             return
         self._asked = command
+        self._asked_after = self.state.logs[-1] if self.state.logs else None
         self.bridge.source.send(command)
         self._show_words()
 
@@ -216,18 +245,24 @@ class MonitorScreen(Screen[None]):
         """Draw the previews at the next step."""
         self.send(Command.PREVIEW_NOW)
 
-    def action_stop(self) -> None:
-        """Ask, then save a checkpoint and end the run."""
+    def action_park(self) -> None:
+        """Ask, then move everything off the card until the run is asked to go on."""
         if self.over or self.state.stopping:
             return
-        answers = (Answer("y", "Stop and save", "stop"), Answer("n", "Keep going", ""))
-        question = f"Stop at step {self.state.step} of {self.state.total_steps}?"
-        detail = "A checkpoint is saved first; the run can be resumed from it exactly."
-        self.app.push_screen(AskScreen(question, detail, answers), self._stop_answered)
+        if self.state.parked is not None:
+            self.notify("It is parked already; p brings it back.", timeout=4)
+            return
+        self.app.push_screen(ask_park(self.state), self._answered)
 
-    def _stop_answered(self, answer: str | None) -> None:
-        if answer:
-            self.send(Command.STOP)
+    def action_stop(self) -> None:
+        """Ask, then save a checkpoint and end the run."""
+        if not (self.over or self.state.stopping):
+            self.app.push_screen(ask_stop(self.state), self._answered)
+
+    def _answered(self, answer: str | None) -> None:
+        command = {STOP: Command.STOP, PARK: Command.PARK}.get(answer or "")
+        if command is not None:
+            self.send(command)
 
     def action_pause_charts(self) -> None:
         """Hold the chart still, or let it go on; training is not touched."""
@@ -265,14 +300,17 @@ class MonitorScreen(Screen[None]):
 
     def action_help(self) -> None:
         """Explain the screen and its keys."""
-        self.app.push_screen(MonitorHelp())
+        self.app.push_screen(MonitorHelp(self.attach_command))
+
+    @property
+    def attach_command(self) -> str:
+        """The command that shows this run in any terminal, "" before its name is known."""
+        return f"lorasmith attach {self.state.run}" if self.state.run else ""
 
     def action_leave(self) -> None:
-        """Leave the monitor when the run is over."""
-        if not self.over:
-            return
-        ended = self.state.ended
-        self.app.exit(ended.exit_code if ended else 1, return_code=ended.exit_code if ended else 1)
+        """Leave the monitor when the run is over or belongs to another process."""
+        if self.over or self.watching:
+            self._leave()
 
     def action_request_quit(self) -> None:
         """Leave, or ask while training."""
@@ -281,19 +319,22 @@ class MonitorScreen(Screen[None]):
     def request_quit(self) -> None:
         """Leave when the run is over or belongs to another process; while training, ask what shall become of it."""
         if self.over or self.watching:
-            ended = self.state.ended
-            code = ended.exit_code if ended else 0
-            self.app.exit(code, return_code=code)
-            return
-        answers = (Answer("y", "Stop, save, quit", "stop"), Answer("n", "Keep going", ""))
-        detail = "A checkpoint is saved first; the run can be resumed from it exactly. Quitting waits for it."
-        self.app.push_screen(AskScreen("Training goes on. Stop it and quit?", detail, answers), self._quit_answered)
+            self._leave()
+        else:
+            self.app.push_screen(ask_quit(self.attach_command), self._quit_answered)
 
     def _quit_answered(self, answer: str | None) -> None:
-        if not answer:
-            return
-        self._leave_when_over = True
-        if self.over:
-            self.action_leave()
-        else:
-            self.send(Command.STOP)
+        if answer == LEAVE:
+            self.app.exit(0)
+        elif answer == STOP:
+            self._leave_when_over = True
+            if self.over:
+                self._leave()
+            else:
+                self.send(Command.STOP)
+
+    def _leave(self) -> None:
+        """End the application with the run's exit code, 0 while it goes on and 1 where it ended without a word."""
+        ended = self.state.ended
+        code = ended.exit_code if ended else int(self.over)
+        self.app.exit(code, return_code=code)

@@ -8,6 +8,8 @@ from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
+from lorasmith.tui.text import safe_str
+
 TEXT = """\
 A diffusion loss is noisy and falls little: judge by the previews.
 Whatever you look at here, training goes on until you pause or stop.
@@ -15,6 +17,7 @@ Whatever you look at here, training goes on until you pause or stop.
   p           pause after this step, or go on
   s           save a checkpoint now
   v           draw the previews now
+  k           park: frees the card for another program; p brings it back
   x           stop: asks, saves a checkpoint, ends; can be resumed
   space       hold the chart still, or let it go on
 
@@ -26,10 +29,11 @@ Whatever you look at here, training goes on until you pause or stop.
   y           copy the path of the LoRA or the preview
   tab         move between chart, previews and log
 
-  enter q     leave, when the run is over
-  ctrl+q      quit; asks while training
+  q enter     leave, when the run is over or belongs to another process
+  ctrl+q      quit; asks while this process trains
 
-In tmux, prefix d leaves the training on its own. Shift+mouse selects."""
+Closing the terminal never ends a training. Shift+mouse selects text."""
+ATTACH = "In any other terminal: "
 SCROLL_KEYS = {"up", "down", "pageup", "pagedown", "home", "end"}
 
 
@@ -46,10 +50,16 @@ class MonitorHelp(ModalScreen[None]):
     MonitorHelp Static { height: auto; }
     """
 
+    def __init__(self, attach: str = "") -> None:
+        """`attach` is the command that shows the run in another terminal."""
+        super().__init__()
+        self._attach_command = attach
+
     def compose(self) -> ComposeResult:
         """One text."""
         with VerticalScroll(id="monitor-help"):
-            yield Static(TEXT, markup=False)
+            attach = f"\n{ATTACH}{self._attach_command}" if self._attach_command else ""
+            yield Static(safe_str(TEXT + attach, lines=True), markup=False)
 
     def request_quit(self) -> None:
         """Close, so that the question of the monitor can be asked."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from pathlib import Path
 
 from lorasmith.engine.commands import Command
@@ -13,9 +14,12 @@ from lorasmith.tui.widgets.line import Part
 from lorasmith.tui.widgets.plot import short_number
 
 STAGES = {"load": "loading", "scan": "scanning", "cache": "caching", "train": "training", "finish": "finishing"}
+QUIET_SECONDS = 20.0
+"""A living run of another process writes its gauges every second; after this long without a word it is said."""
 ASKED = {
     Command.PAUSE: "pausing after this step",
     Command.RESUME: "going on",
+    Command.PARK: "parking after this step",
     Command.SAVE_NOW: "saving after this step",
     Command.PREVIEW_NOW: "preview after this step",
     Command.STOP: "stopping: saving a checkpoint",
@@ -57,9 +61,49 @@ def headline(
         right.append((ASKED[Command.STOP].upper(), "high"))
     elif asked is not None:
         right.append((ASKED[asked], "high"))
+    elif state.stalled is not None:
+        right.append(("STALLED", "critical"))
+    elif state.parked is not None:
+        right.append(("PARKED - p brings it back", "high"))
+    elif state.pause_reason:
+        right.append(("WAITING - p tries again", "critical"))
     elif state.paused:
         right.append(("PAUSED - p goes on", "high"))
     return left, right
+
+
+def attached_words(source: object) -> list[Part]:
+    """Return how this monitor stands to a run of another process, and since when that has been silent, if it has."""
+    quiet = float(getattr(source, "quiet_seconds", 0.0))
+    words = "in control" if getattr(source, "in_control", False) else "watching"
+    parts: list[Part] = [(f"{words} another process  ", "dim")]
+    if quiet > QUIET_SECONDS:
+        parts.append((f"NO SIGN OF LIFE for {duration(quiet // 10 * 10)}  ", "critical"))
+    return parts
+
+
+def notice_rows(state: RunState, problem: str = "") -> list[list[Part]]:
+    """Return what needs a person's eye while the run goes on, most urgent first; `problem` is the monitor's own."""
+    rows: list[list[Part]] = []
+    if state.stalled is not None:
+        since = clock(state.stalled.time - state.stalled.seconds)
+        where = (
+            f"No sign of life since {since}, in {state.stalled.where}. All stacks: {short_path(state.stalled.stacks)}"
+        )
+        rows.append([("Stalled: ", "critical"), (where, "")])
+    if state.parked is not None:
+        words = f"{state.parked.freed_gib:.1f} GiB of the card are free for other programs; the model waits in memory."
+        rows.append([(f"Parked at step {state.parked.step}: ", "high"), (words, "")])
+    elif state.pause_reason:
+        rows.append([("Waiting: ", "critical"), (state.pause_reason, "")])
+    if problem:
+        rows.append([(problem, "high")])
+    return rows
+
+
+def clock(moment: float) -> str:
+    """Return the local time of day."""
+    return time.strftime("%H:%M:%S", time.localtime(moment))
 
 
 def progress_line(state: RunState, now: float, width: int, marks: GlyphSet) -> tuple[list[Part], list[Part]]:
@@ -113,6 +157,8 @@ def numbers_line(state: RunState, smoothed: str, width: int, marks: GlyphSet) ->
     invalid = state.num_invalid_losses
     if invalid:
         parts += [(mark, "dim"), (f"{invalid} not finite", "critical")]
+    if state.memory_reduced:
+        parts += [(mark, "dim"), ("memory reduced", "high")]
     wide = width >= 100
     facts = [
         ("smoothed", smoothed),
@@ -144,7 +190,9 @@ def summary_rows(state: RunState, *, watching: bool = False) -> list[list[Part]]
     then = " Then the demo's trigger is measured (about 20 s)." if measured else ""
     leave: list[Part] = [(f"Enter or q leaves.{then}", "strong" if then else "dim")]
     if ended is None:
-        return [[("The run ended without a word. ", "critical"), ("run.log in its folder may say why.", "")], leave]
+        at = f"Interrupted at step {state.step} of {state.total_steps}: " if state.total_steps else "Interrupted: "
+        why = "its process ended without a word (killed, no memory, no power?); run.log in its folder may say why."
+        return [[(at, "critical"), (why, "")], *_next_rows(state), leave]
     role = {"finished": "good", "stopped": "high", "failed": "critical"}[ended.outcome]
     rows: list[list[Part]] = [[(f"{ended.outcome.capitalize()}: ", role), (ended.message, "strong")]]
     rows += [[(text, "")] for text in (ended.why, ended.fix) if text]
@@ -152,7 +200,11 @@ def summary_rows(state: RunState, *, watching: bool = False) -> list[list[Part]]
     sheet = preview_sheet(state)
     if sheet:
         rows.append([("Previews  ", "dim"), (short_path(sheet), "")])
-    return [*rows, *([("Next      ", "dim"), (text, "")] for text in next_steps(state)), leave]
+    return [*rows, *_next_rows(state), leave]
+
+
+def _next_rows(state: RunState) -> list[list[Part]]:
+    return [[("Next      ", "dim"), (text, "")] for text in next_steps(state)]
 
 
 def short_path(path: str) -> str:
@@ -202,7 +254,7 @@ def next_steps(state: RunState) -> list[str]:
         steps.append("Copy the LoRA to models/loras (ComfyUI) or models/Lora (Forge).")
         if trigger:
             steps.append(f'Write "{trigger}" in the prompt.')
-    if ended is not None and ended.outcome != "finished" and state.checkpoints:
+    if (ended is None or ended.outcome != "finished") and state.checkpoints:
         steps.append(
             f"Go on from step {state.checkpoints[-1].step}: lorasmith train --resume {short_path(run_folder(state))}"
         )

@@ -10,18 +10,25 @@ from textual.strip import Strip
 
 from lorasmith.tui.state import Curve
 from lorasmith.tui.widgets.line import Painted, Part, glyphs
-from lorasmith.tui.widgets.plot import SMOOTHINGS, WINDOWS, PlotView, Smoother, draw_plot, short_number
+from lorasmith.tui.widgets.plot import LAYERS, SMOOTHINGS, WINDOWS, PlotView, Smoother, draw_plot, short_number
 
 
 class LossChart(Painted, can_focus=True):
     """One curve over the steps; `show` gives it the newest, and it repaints only if that or the view changed."""
 
-    COMPONENT_CLASSES: ClassVar[set[str]] = {"chart--axis", "chart--raw", "chart--smooth", "painted--smooth"}
+    COMPONENT_CLASSES: ClassVar[set[str]] = {
+        "chart--axis",
+        "chart--raw",
+        "chart--smooth",
+        "chart--mark",
+        "painted--smooth",
+    }
     DEFAULT_CSS = """
     LossChart {
         height: 1fr; width: 1fr;
         & > .chart--axis { color: $foreground 60%; }
         & > .chart--raw { color: $foreground 45%; }
+        & > .chart--mark { color: $text-error; text-style: bold; }
         & > .chart--smooth, & > .painted--smooth { color: $accent; text-style: bold; }
     }
     """
@@ -32,13 +39,14 @@ class LossChart(Painted, can_focus=True):
         self.view = PlotView(glyphs=glyphs())
         self.waiting = "The loss appears here after the first steps."
         self._curve = Curve()
+        self._marked: tuple[int, ...] = ()
         self._smoother = Smoother()
         self._strips: list[Strip] | None = None
 
-    def show(self, curve: Curve) -> None:
-        """Show `curve`."""
-        if curve is not self._curve:
-            self._curve = curve
+    def show(self, curve: Curve, marked: tuple[int, ...] = ()) -> None:
+        """Show `curve`, with a mark on the axis at each of the `marked` steps: those that were not finite."""
+        if curve is not self._curve or marked != self._marked:
+            self._curve, self._marked = curve, marked
             self._repaint()
 
     def change_view(self, **changes: object) -> None:
@@ -66,7 +74,10 @@ class LossChart(Painted, can_focus=True):
         if view.smoothing:
             parts.append((f"  smoothed {view.smoothing:g}", "smooth"))
         scale = "log y" if view.log_y else "linear y"
-        return [*parts, (f"  {scale}  " + (f"last {view.window}" if view.window else "all steps"), "dim")]
+        parts.append((f"  {scale}  " + (f"last {view.window}" if view.window else "all steps"), "dim"))
+        if self._marked:
+            parts.append((f"  {view.glyphs.cross} not finite", "critical"))
+        return parts
 
     def notify_style_update(self) -> None:
         """Draw anew in the new theme."""
@@ -88,8 +99,8 @@ class LossChart(Painted, can_focus=True):
             middle = self.paint([(f"{self.waiting:^{width}}", "dim")], width)
             return strips + [middle if y == height // 2 else blank for y in range(1, height)]
         smoothed = self._smoother.smooth(self._curve, self.view.smoothing)
-        rows = draw_plot(self._curve, smoothed, width, height - 1, self.view)
-        styles = {layer: self.get_component_rich_style(f"chart--{layer}") for layer in ("axis", "raw", "smooth")}
+        rows = draw_plot(self._curve, smoothed, width, height - 1, self.view, self._marked)
+        styles = {layer: self.get_component_rich_style(f"chart--{layer}") for layer in LAYERS}
         return strips + [Strip([Segment(text, styles[layer]) for text, layer in row], width) for row in rows]
 
     def render_line(self, y: int) -> Strip:

@@ -7,15 +7,17 @@ and neighbours are joined. Losses that are not finite are gaps.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from lorasmith.tui.glyphs import BRAILLE, Dots, GlyphSet
 from lorasmith.tui.state import Curve, Floats
 
-Layer = Literal["axis", "raw", "smooth"]
+Layer = Literal["axis", "raw", "smooth", "mark"]
+LAYERS: tuple[Layer, ...] = get_args(Layer)
 Row = list[tuple[str, Layer]]
 
 SMOOTHINGS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
@@ -118,8 +120,13 @@ def step_number(value: float) -> str:
     return f"{value:g}"
 
 
-def draw_plot(curve: Curve, smoothed: Floats, width: int, height: int, view: PlotView) -> list[Row]:
-    """Return `height` rows of `width` cells: the curve, its average over it, the y axis left, the steps below."""
+def draw_plot(
+    curve: Curve, smoothed: Floats, width: int, height: int, view: PlotView, marked: Sequence[int] = ()
+) -> list[Row]:
+    """Return `height` rows of `width` cells: the curve, its average over it, the y axis left, the steps below.
+
+    The axis bears a cross at each of the `marked` steps that are in sight.
+    """
     window = min(view.window or len(curve), len(curve))
     start = len(curve) - window
     raw, average = _scaled(curve.values[start:], view.log_y), _scaled(smoothed[start:], view.log_y)
@@ -136,7 +143,21 @@ def draw_plot(curve: Curve, smoothed: Floats, width: int, height: int, view: Plo
         label = ticks.get(y, "")
         edge = view.glyphs.vertical
         rows.append([(f"{label:>{margin}}{edge}", "axis"), *_merge(marks[0][y], marks[1][y])])
-    return rows + _x_axis(start + 1, window, margin, columns, view.glyphs)
+    axis, labels = _x_axis(start + 1, window, margin, columns, view.glyphs)
+    return [*rows, _marked_axis(axis, [step - start - 1 for step in marked], window, margin, view.glyphs), labels]
+
+
+def _marked_axis(axis: Row, positions: Sequence[int], count: int, margin: int, glyphs: GlyphSet) -> Row:
+    """Return the axis with crosses at these positions of `count`, in runs of one layer."""
+    text = axis[0][0]
+    columns = len(text) - margin - 1
+    at = sorted({margin + 1 + round(p / max(1, count - 1) * (columns - 1)) for p in positions if 0 <= p < count})
+    row: Row = []
+    begin = 0
+    for column in at:
+        row += [(text[begin:column], "axis"), (glyphs.cross, "mark")]
+        begin = column + 1
+    return [*row, (text[begin:], "axis")]
 
 
 def _scaled(values: Floats, log_y: bool) -> Floats:

@@ -1,4 +1,4 @@
-"""What became of a run, shown when it is over."""
+"""Rows of words that are there only while there is something to say: what became of a run, or why it waits."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ from lorasmith.tui.widgets.line import Painted, Part
 
 
 class Summary(Painted, Static):
-    """The outcome, the paths of the results and what to do next, hidden until `show`; it is laid out once."""
+    """Rows of parts, wrapped where they are too long, hidden while there are none; it is laid out when they change."""
 
     DEFAULT_CSS = "Summary { height: auto; max-height: 12; display: none; }"
 
+    _rows: Sequence[Sequence[Part]] = ()
+
     def show(self, rows: Sequence[Sequence[Part]]) -> None:
-        """Show these rows."""
+        """Show these rows, or hide where there are none; nothing is done where they are what is shown."""
+        if rows == self._rows or not (rows or self._rows):
+            return
+        self._rows = rows
         lines = [Text.assemble(*((safe_str(text), self.role_style(role)) for text, role in row)) for row in rows]
         self.update(Text("\n").join(lines))
-        self.display = True
+        self.display = bool(rows)
