@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,6 +14,7 @@ from lorasmith.engine.dataset.epochs import Epochs
 from lorasmith.engine.errors import TrainingError
 from lorasmith.engine.events import Event, NotFinite, StepsDone
 from lorasmith.engine.learner import Learner
+from lorasmith.engine.running_clock import running_seconds
 from lorasmith.engine.step_guard import WINDOW
 
 
@@ -48,7 +48,7 @@ class StepMeter:
         self._epochs = Epochs(plan, learner.config)
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._known = _Known()
-        self._since = time.perf_counter()
+        self._since = running_seconds()
         self._good_step = 0
         self.bad_steps: list[NotFinite] = []
         """Left-out steps that count: none is `WINDOW` steps older than the last one read."""
@@ -61,7 +61,7 @@ class StepMeter:
 
     def start(self) -> None:
         """Begin to count time; what happened since `stop` is left out."""
-        self._since = time.perf_counter()
+        self._since = running_seconds()
 
     @property
     def record(self) -> list[tuple[int, str]]:
@@ -115,7 +115,7 @@ class StepMeter:
         known = self._known
         if not known.losses:
             return
-        seconds = time.perf_counter() - self._since
+        seconds = running_seconds() - self._since
         epoch = self._learner.loader.epoch_of((step * self._learner.config.train.gradient_accumulation) - 1) + 1
         self._known = _Known()
         self._emit(
