@@ -19,11 +19,24 @@ Outcome = Literal["finished", "stopped", "failed"]
 Severity = Literal["info", "warning", "error"]
 
 
+# Counts the time in which the machine sleeps, so that the hour of an event stays right; macOS lacks it.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+_BEGAN_AT = time.time() - time.clock_gettime(_CLOCK)
+
+
+def now() -> float:
+    """Return seconds since the epoch as this process knew them when it began, and never less than before.
+
+    A clock that is set while a run goes on changes neither the order of its events nor the time between them.
+    """
+    return _BEGAN_AT + time.clock_gettime(_CLOCK)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """What all events share: the wall-clock time at which it happened."""
+    """What all events share: the time at which it happened, by `now`."""
 
-    time: float = field(default_factory=time.time)
+    time: float = field(default_factory=now)
 
 
 @dataclass(frozen=True, kw_only=True)

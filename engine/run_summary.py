@@ -55,7 +55,7 @@ class RunSummary:
     """What became of a run, as far as its lock and its journal tell.
 
     `step` is the last journaled step, `checkpoint_step` the newest checkpoint's (None: none), `changed` the time of the
-    last change of the folder or of these events, `since` that at which `state` began (0.0 where unknown); `message`
+    last of these events or, before the first, of the folder's last change, `since` that at which `state` began (0.0 where unknown); `message`
     says how it ended or why it waits, `process` is the pid of the one that works on it.
     """
 
@@ -129,7 +129,7 @@ class _Fold:
         """Return the fold with one more event."""
         if event is None:
             return self
-        summary = replace(self.summary, changed=max(self.summary.changed, event.time))
+        summary = replace(self.summary, changed=event.time)
         if isinstance(event, Paused | Parked):
             return replace(self, summary=replace(summary, step=event.step), waiting=event)
         if isinstance(event, Stalled):

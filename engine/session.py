@@ -229,20 +229,23 @@ class Session:
         self._show(news)
 
     def _host(self) -> None:
-        try:
+        with contextlib.ExitStack() as leaving:
+            # In this order from the bottom up, each of them whatever happens in the others.
+            leaving.callback(self._log.close)
+            leaving.callback(self._run_on_finish)
+            leaving.callback(self._lock.release)
+            leaving.callback(self._close_journal)
+            leaving.callback(self._watchdog.stop)
+            leaving.callback(self._sampler.stop)
+            leaving.callback(self._control.close)
             self._watchdog.start()
             self._sampler.start()
             self._open_control()
             self._train()
-        finally:
-            self._control.close()
-            self._sampler.stop()
-            self._watchdog.stop()
-            if not self._journal.close():
-                logger.error("the last events could not be written to %s", self.run.journal)
-            self._lock.release()
-            self._run_on_finish()
-            self._log.close()
+
+    def _close_journal(self) -> None:
+        if not self._journal.close():
+            logger.error("the last events could not be written to %s", self.run.journal)
 
     def _run_on_finish(self) -> None:
         """Run the user's command when the run folder is free again, so that it may start another run in it."""
