@@ -64,9 +64,12 @@ class Adapter:
         """Return how many numbers are trained."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return copies on the CPU under `COMPONENT.PATH.lora_A.weight` (down) and `.lora_B.weight` (up)."""
-        return {key: value.detach().to("cpu", copy=True) for key, value in self._named()}
+    def state_dict(self, *, copy: bool = True) -> dict[str, Tensor]:
+        """Return copies on the CPU under `COMPONENT.PATH.lora_A.weight` (down) and `.lora_B.weight` (up).
+
+        Without `copy` the weights themselves, where they are.
+        """
+        return {key: value.detach().to("cpu", copy=True) if copy else value.detach() for key, value in self._named()}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over saved values; raises CheckpointError where names or shapes are those of another adapter."""

@@ -33,6 +33,7 @@ from lorasmith.engine.checkpoint_proof import (
     write_manifest,
 )
 from lorasmith.engine.errors import CheckpointError, StorageError
+from lorasmith.engine.out_of_memory import is_out_of_memory
 from lorasmith.engine.storage import atomic_write, fsync_file, fsync_folder, make_folder, read_error, storage_error
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ __all__ = [
     "save_checkpoint",
 ]
 
+REMOVE_TRIES = 2
 _TEMPORARY = (".saving-", ".removing-")
 
 
@@ -105,15 +107,15 @@ def prune_checkpoints(folder: Path, keep: int) -> list[Path]:
 
     Raises StorageError where the disk refuses it; every checkpoint is then there as a whole or not at all.
     """
-    intact = [path for path in step_folders(folder) if damage(path) is None]
-    removed = intact[: max(0, len(intact) - keep)]
     try:
+        intact = [path for path in step_folders(folder) if damage(path) is None]
+        removed = intact[: max(0, len(intact) - keep)]
         doomed = [path.rename(folder / f".removing-{path.name}-{secrets.token_hex(4)}") for path in removed]
         if removed:
             # Renamed first and synced, so that no crash leaves a half checkpoint under a real name.
             fsync_folder(folder)
-    except OSError as error:
-        raise _cannot_remove(folder, error) from error
+    except (OSError, StorageError) as error:
+        raise _cannot_remove(folder, as_os_error(error)) from error
     for path in doomed:
         _remove(path)
     return removed
@@ -153,10 +155,15 @@ def load_checkpoint(folder: Path, step: int) -> Checkpoint:
 def _write_files(folder: Path, step: int, tensors: TensorGroups, state: Mapping[str, Any]) -> None:
     from safetensors.torch import save_file
 
+    from lorasmith.engine.tensor_file import OneByOne, write_one_by_one
+
     for name, group in tensors.items():
         path = folder / f"{name}.safetensors"
-        # save_file copies nothing through Python and does not hold the interpreter lock for long, save() does.
-        save_file({key: tensor.contiguous() for key, tensor in group.items()}, path)
+        if isinstance(group, OneByOne):
+            write_one_by_one(path, group)
+        else:
+            # save_file copies nothing through Python and does not hold the interpreter lock for long, save() does.
+            save_file({key: tensor.contiguous() for key, tensor in group.items()}, path)
         path.chmod(0o600)
         fsync_file(path)
     atomic_write(folder / STATE, json.dumps({"step": step, "state": dict(state)}, indent=1).encode())
@@ -172,6 +179,8 @@ def _compare_with_memory(folder: Path, tensors: TensorGroups) -> None:
                     _same_bytes(file.get_tensor(key), tensor) for key, tensor in group.items()
                 )
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             # torch's words for a file that it cannot map.
             raise as_os_error(error) from error
         if not same:
@@ -201,6 +210,10 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        path.unlink()
+    """Remove a folder or file as far as the disk lets it; what stays is removed by the next save."""
+    for _ in range(REMOVE_TRIES):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path, ignore_errors=True)
+            path.unlink()
+        if not os.path.lexists(path):
+            return

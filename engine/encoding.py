@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -23,6 +23,7 @@ from lorasmith.engine.dataset.cache_size import latent_bytes, max_prompts, numbe
 from lorasmith.engine.dataset.epochs import Epochs
 from lorasmith.engine.events import Event, Logged, Progress, Stage
 from lorasmith.engine.families import Conditioning, Family
+from lorasmith.engine.out_of_memory import Rungs
 from lorasmith.engine.sources import BaseFiles
 from lorasmith.engine.storage import cache_folder, free_bytes, readable_size
 
@@ -53,6 +54,7 @@ class Encoder:
     plan: BucketPlan
     emit: Emit
     should_stop: ShouldStop
+    rungs: Rungs = field(default_factory=Rungs)
 
     def encode(self, extra_prompts: Sequence[str]) -> Encoded | None:
         """Return everything encoded, or None where the user stopped it: what is done then is in the cache.
@@ -127,6 +129,7 @@ class Encoder:
             lambda done, total: report("Encoding pictures", done, total),
             self.should_stop,
             cache,
+            self.rungs,
         )
 
     def _encode_prompts(self, prompts: Sequence[str], cache: TextCache) -> dict[str, Conditioning]:
@@ -138,6 +141,7 @@ class Encoder:
             lambda done, total: report("Encoding captions", done, total),
             self.should_stop,
             cache,
+            self.rungs,
         )
 
     def _tell_masked_out(self, pictures: EncodedPictures) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from lorasmith.engine.errors import StorageError
+from lorasmith.engine.errors import ExportError, StorageError
 from lorasmith.engine.events import ExportDone, Logged, RunEnded, StageChanged
 from lorasmith.engine.export import build_metadata, export_lora
 from lorasmith.engine.lora_metadata import dataset_facts
@@ -13,6 +13,8 @@ from lorasmith.engine.previews import draw_previews
 from lorasmith.engine.run_setup import preview_conditionings
 from lorasmith.engine.saving import Saver, require_finite_weights, wait_for_disk
 from lorasmith.engine.training_parts import TrainingParts
+
+EXPORT_TRIES = 2
 
 
 def draw(parts: TrainingParts) -> None:
@@ -24,7 +26,9 @@ def draw(parts: TrainingParts) -> None:
         with parts.learner.averaged():
             prompts = preview_conditionings(parts.learner, parts.material)
             stop = parts.controls.stop_wanted
-            draw_previews(family, adapter, parts.config, prompts, parts.run.previews, parts.step, parts.emit, stop)
+            draw_previews(
+                family, adapter, parts.config, prompts, parts.run.previews, parts.step, parts.emit, stop, parts.rungs
+            )
     except Exception as error:
         parts.emit(Logged(severity="warning", message=f"No previews at step {parts.step}: {error}"))
     finally:
@@ -53,12 +57,19 @@ def finish(parts: TrainingParts, saver: Saver) -> None:
 
 def _export_or_wait(parts: TrainingParts) -> StorageError | None:
     """Export; where the disk refuses, pause until it takes the file. Return the error where the user stopped that."""
-    try:
-        _export(parts)
-    except StorageError as error:
-        parts.emit(Logged(severity="error", message=str(error)))
-        return wait_for_disk(parts, error, lambda: _export(parts))
-    return None
+    for attempt in range(EXPORT_TRIES):
+        try:
+            _export(parts)
+        except (StorageError, ExportError) as error:
+            refused = error
+            if attempt + 1 < EXPORT_TRIES:
+                # A disk that errs once, or reads back what was not written, mostly does better the next time.
+                parts.emit(Logged(severity="warning", message=f"The export is tried again: {error}"))
+        else:
+            return None
+    if isinstance(refused, ExportError):
+        raise refused
+    return wait_for_disk(parts, refused, lambda: _export(parts))
 
 
 def _unfinished(step: int, unsaved: StorageError | None, unexported: StorageError | None) -> StorageError:

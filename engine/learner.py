@@ -7,7 +7,7 @@ many at once. No events, no files and no commands, so that a benchmark or a test
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +43,7 @@ class Learner:
 
     `conditionings` holds cached prompts; None where the text encoder stays in memory and encodes them as they come:
     because it is trained, or because there are too many. `average` is there where `train.ema_decay` asks for it.
-    `memory` is JSON-ready and comes back after a resume: what the memory ladder changed.
+    `memory` is JSON-ready and part of the state: the rungs of the memory ladder that were taken (`Rungs.shared`).
     """
 
     family: Family
@@ -56,6 +56,10 @@ class Learner:
     scaler: torch.amp.GradScaler | None
     average: WeightAverage | None = None
     memory: dict[str, Any] = field(default_factory=dict)
+    pictures_at_once: int = 0
+    """Pictures of a micro-batch that take memory together; 0: all of it."""
+    before_update: Callable[[], None] | None = None
+    """Called in each step when its gradients are there and nothing is changed yet; what it raises ends the step."""
 
     def __post_init__(self) -> None:
         """Guard the steps, and take the batches from threads where the settings ask for it."""
@@ -71,20 +75,32 @@ class Learner:
         Returns the loss (mean over micro-batches) and the gradient norm before clipping, both still on the device.
         Where one of them is no number, the step changes nothing: neither weights nor optimizer nor average.
         """
-        train, seed = self.config.train, self.config.run.seed
         self.set_rates(step)
-        num_micro = train.gradient_accumulation
+        num_micro = self.config.train.gradient_accumulation
         losses = []
         for part in range(num_micro):
             batch = self.batches.batch(step * num_micro + part)
-            if self.adapter.dropouts:
-                torch.manual_seed(draw_key(seed, "dropout", step, part))
-            loss = self.batch_loss(batch, step, part * train.batch_size)
-            scaled = loss / num_micro if num_micro > 1 else loss
-            (self.scaler.scale(scaled) if self.scaler else scaled).backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
+            losses.append(self._add_gradients(batch, step, part))
         loss = losses[0] if num_micro == 1 else torch.stack(losses).mean()
         return loss, self._update(step, loss)
+
+    def _add_gradients(self, batch: Batch, step: int, part: int) -> Tensor:
+        """Add the gradients of a micro-batch, taken at once or in pieces with the same mean; return its loss."""
+        train, num = self.config.train, len(batch.indices)
+        at_once = self.pictures_at_once or num
+        losses = []
+        for start in range(0, num, at_once):
+            piece = batch if at_once >= num else batch.pictures(start, start + at_once)
+            if self.adapter.dropouts:
+                place = (step, part, start) if start else (step, part)
+                torch.manual_seed(draw_key(self.config.run.seed, "dropout", *place))
+            loss = self.batch_loss(piece, step, part * train.batch_size + start)
+            if piece is not batch:
+                loss = loss * (len(piece.indices) / num)
+            scaled = loss / train.gradient_accumulation if train.gradient_accumulation > 1 else loss
+            (self.scaler.scale(scaled) if self.scaler else scaled).backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def set_rates(self, step: int) -> None:
         """Set the learning rates of the step that follows `step` finished ones."""
@@ -103,14 +119,17 @@ class Learner:
         prediction = self.family.predict(noisy.noisy.to(dtype), noisy.timesteps, conditioning)
         return weighted_loss(prediction, noisy)
 
-    def state(self) -> tuple[TensorGroups, dict[str, Any]]:
-        """Return what a resume needs: tensors on the CPU by the names of `group_names`, and a JSON-ready rest."""
+    def state(self, *, copy: bool = True) -> tuple[TensorGroups, dict[str, Any]]:
+        """Return what a resume needs: tensors on the CPU by the names of `group_names`, and a JSON-ready rest.
+
+        Without `copy` the tensors are the very ones that are trained, where they are: write them before the next step.
+        """
         self.guard.settle()
-        tensors, rest = optimizer_tensors(self.optimizer)
-        groups = {"adapter": self.adapter.state_dict(), "optimizer": tensors}
+        tensors, rest = optimizer_tensors(self.optimizer, copy=copy)
+        groups = {"adapter": self.adapter.state_dict(copy=copy), "optimizer": tensors}
         if self.average:
             with self.average.in_place():
-                groups["ema"] = self.adapter.state_dict()
+                groups["ema"] = self.adapter.state_dict(copy=copy)
         scaler = self.scaler.state_dict() if self.scaler else None
         return groups, {"optimizer": rest, "scaler": scaler, "memory": dict(self.memory)}
 
@@ -130,7 +149,6 @@ class Learner:
         load_optimizer(self.optimizer, tensors["optimizer"], rest["optimizer"])
         if self.scaler and rest["scaler"]:
             self.scaler.load_state_dict(rest["scaler"])
-        self.memory = dict(rest.get("memory") or {})
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -165,6 +183,8 @@ class Learner:
     def _update(self, step: int, loss: Tensor) -> Tensor:
         """Clip, step and clear the gradients; returns their norm before clipping."""
         parameters = self.adapter.parameters()
+        if self.before_update:
+            self.before_update()
         if self.scaler:
             # It meets infinite gradients on purpose and leaves their steps out by itself; a loss is another matter.
             left_out = self.guard.judge(step, loss)
@@ -193,7 +213,7 @@ def build_learner(
 ) -> Learner:
     """Put together the objective, optimizer and scaler that `config` asks for; dropout is switched on."""
     if config.train.gradient_checkpointing:
-        _enable_checkpointing(family, config)
+        enable_checkpointing(family, config)
     adapter.train()
     return Learner(
         family=family,
@@ -208,7 +228,8 @@ def build_learner(
     )
 
 
-def _enable_checkpointing(family: Family, config: RunConfig) -> None:
+def enable_checkpointing(family: Family, config: RunConfig) -> None:
+    """Keep only some activations of the trained networks, and compute the others again in the backward pass."""
     denoiser: Any = family.denoiser
     denoiser.enable_gradient_checkpointing()
     if config.adapter.text_encoder:

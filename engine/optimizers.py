@@ -87,8 +87,11 @@ def effective_rate(optimizer: Optimizer) -> float:
     return float(group["lr"] * group.get("d", 1.0))
 
 
-def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the optimizer's whole state as tensors on the CPU and a JSON-ready rest that names them."""
+def optimizer_tensors(optimizer: Optimizer, *, copy: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the optimizer's whole state as tensors on the CPU and a JSON-ready rest that names them.
+
+    Without `copy` its own tensors, where they are.
+    """
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     rest = {
@@ -98,6 +101,9 @@ def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str
             for i, group in enumerate(state["param_groups"])
         ],
     }
+    if copy:
+        # A copy each: 8-bit optimizers share one table between all weights, and safetensors refuses shared memory.
+        tensors = {name: value.to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     return tensors, rest
 
 
@@ -139,10 +145,9 @@ def _merge_group(fresh: dict[str, Any], saved: Mapping[str, Any], tensors: Mappi
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Replace tensors in nested values by their names and collect copies of them."""
+    """Replace tensors in nested values by their names and collect them."""
     if isinstance(value, Tensor):
-        # A copy each: 8-bit optimizers share one table between all weights, and safetensors refuses shared memory.
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        tensors[name] = value.detach()
         return {_TENSOR: name}
     if isinstance(value, Mapping):
         return {"dict": {str(key): _pack(item, f"{name}.{key}", tensors) for key, item in value.items()}}

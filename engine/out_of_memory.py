@@ -2,7 +2,7 @@
 
 Every phase has its own list of rungs in a fixed order. Work that runs out of memory is done again after each rung, with
 the same pictures, noise and captions; when no rung is left, the run ends in words. The rungs that a run has taken are
-part of its checkpoints (`Rungs.state`), so that a resumed run computes as the first one did.
+part of its checkpoints (`Rungs.shared`), so that a resumed run computes as the first one did.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import gc
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from typing import Any, Literal, TypeVar
 from lorasmith.engine.errors import HardwareError, LorasmithError
 from lorasmith.engine.events import Event, MemoryReduced
 from lorasmith.engine.hardware import read_memory
+
+logger = logging.getLogger(__name__)
 
 Phase = Literal["load", "image encode", "text encode", "step", "preview", "save"]
 T = TypeVar("T")
@@ -103,35 +106,50 @@ FREE_CACHE = Rung("free", "memory that was held for nothing was given back", lam
 """The first rung of each phase: once more, after `Rungs.attempt` has called `free_memory` as after every failure."""
 
 
+@dataclass
+class Limit:
+    """How many things are worked on at once, at most."""
+
+    most: int
+
+    def rung(self, most: int, words: str) -> Rung:
+        """Return the rung from which on at most `most` `words` at once, e.g. "captions are encoded"."""
+
+        def take() -> bool:
+            smaller = most < self.most
+            self.most = min(most, self.most)
+            return smaller
+
+        return Rung(f"batch {most}", f"at most {most} {words} at once", take)
+
+
 class Rungs:
     """The rungs that one run has taken, by phase, and the work that is tried again after each.
 
-    `step` tells how many steps are finished; `taken` is what `state` returned at the checkpoint that is gone on from.
+    `step` tells how many steps are finished; `taken` is what `shared` was at the checkpoint that is gone on from.
     """
 
     def __init__(
         self,
-        emit: Callable[[Event], None],
+        emit: Callable[[Event], None] | None = None,
         step: Callable[[], int] = lambda: 0,
         taken: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        self._emit = emit
+        """Tell each rung to `emit`, or the log."""
+        self._emit = emit or _log
         self._step = step
-        self._taken: dict[str, list[str]] = {phase: list(names) for phase, names in (taken or {}).items()}
+        self.shared: dict[str, list[str]] = {phase: list(names) for phase, names in (taken or {}).items()}
+        """The names of the lasting rungs taken, by phase and in order: JSON-ready, and always up to date."""
         self._freed: dict[str, int] = {}
-
-    def state(self) -> dict[str, list[str]]:
-        """Return the names of the lasting rungs taken, by phase and in order; JSON-ready."""
-        return {phase: list(names) for phase, names in self._taken.items()}
 
     def taken(self, phase: Phase) -> Sequence[str]:
         """Return the names of the lasting rungs that were taken in `phase`."""
-        return tuple(self._taken.get(phase, ()))
+        return tuple(self.shared.get(phase, ()))
 
     def retake(self, phase: Phase, rungs: Sequence[Rung]) -> None:
         """Take again, in silence, those of `rungs` that the run had taken in `phase` before it was resumed."""
         for rung in rungs:
-            if rung.name in self._taken.get(phase, ()):
+            if rung.name in self.shared.get(phase, ()):
                 rung.take()
 
     def attempt(
@@ -166,12 +184,12 @@ class Rungs:
     def _descend(self, phase: Phase, rungs: Sequence[Rung], fresh: set[str]) -> bool:
         """Take the first rung that is left and changes anything; False where there is none."""
         for rung in rungs:
-            if rung.name in self._taken.get(phase, ()) or rung.name in fresh or not self._may(phase, rung):
+            if rung.name in self.shared.get(phase, ()) or rung.name in fresh or not self._may(phase, rung):
                 continue
             if not rung.take():
                 continue
             if rung.lasts:
-                self._taken.setdefault(phase, []).append(rung.name)
+                self.shared.setdefault(phase, []).append(rung.name)
             else:
                 fresh.add(rung.name)
                 self._freed[phase] = self._freed.get(phase, 0) + 1
@@ -183,10 +201,14 @@ class Rungs:
         return rung.lasts or self._freed.get(phase, 0) < MAX_FREED
 
     def _end(self, phase: Phase, shortage: str, fix: str) -> HardwareError:
-        tried = len(self._taken.get(phase, ()))
+        tried = len(self.shared.get(phase, ()))
         why = f"It happened {_NAMES[phase]}"
         why += f", after {tried} {'change' if tried == 1 else 'changes'} to need less." if tried else "."
         return HardwareError(shortage, why=why, fix=fix)
+
+
+def _log(event: Event) -> None:
+    logger.warning("%s", event)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorasmith.engine.errors import LorasmithError
 from lorasmith.engine.events import Event, Logged, PreviewReady
 from lorasmith.engine.lora_metadata import safe_label
+from lorasmith.engine.out_of_memory import FREE_CACHE, Limit, Rung, Rungs
 from lorasmith.engine.preview_sheet import one_line, png_bytes
 from lorasmith.engine.storage import atomic_write
 
@@ -79,17 +81,19 @@ def draw_previews(
     step: int,
     emit: Emit,
     should_stop: Callable[[], bool],
+    rungs: Rungs | None = None,
 ) -> None:
     """Draw each prompt with each seed into `folder` and emit PreviewReady for every picture.
 
     `conditionings` holds the prompts of `preview_prompts` in their order, and the negative prompt under
-    `config.previews.negative_prompt`. Any failure becomes a warning in the log; a memory error first halves the
-    batch. `should_stop` is asked after each denoising step. Only KeyboardInterrupt leaves this function.
+    `config.previews.negative_prompt`. Any failure becomes a warning in the log; a memory error only after smaller
+    batches, tiles and the processor were tried. `should_stop` is asked after each denoising step. Only
+    KeyboardInterrupt leaves this function.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _undisturbed(family, adapter):
-            _draw_all(family, config, conditionings, folder, step, emit, should_stop)
+            _draw_all(family, config, conditionings, folder, step, emit, should_stop, rungs or Rungs(emit))
     except _DrawingStoppedError:
         emit(Logged(severity="info", message=f"Previews of step {step} were left unfinished."))
     except Exception as error:
@@ -121,6 +125,7 @@ def _draw_all(
     step: int,
     emit: Emit,
     should_stop: Callable[[], bool],
+    rungs: Rungs,
 ) -> None:
     from lorasmith.engine.families import DrawSettings, PictureRequest
 
@@ -128,28 +133,31 @@ def _draw_all(
     settings = DrawSettings(config.previews.steps, config.previews.guidance, side, side)
     negative = conditionings[config.previews.negative_prompt]
     waiting = planned_pictures(config, list(conditionings))
-    batch = MAX_BATCH
+    limit = Limit(MAX_BATCH)
+    ladder = [
+        FREE_CACHE,
+        *[limit.rung(most, "previews are drawn") for most in (2, 1)],
+        Rung("tiles", "large previews are decoded in overlapping tiles", lambda: family.save_memory("tiles")),
+        Rung("cpu", "previews are drawn on the processor, slowly", lambda: family.save_memory("draw on cpu")),
+    ]
+    rungs.retake("preview", ladder)
 
     def on_step(_: int) -> None:
         if should_stop():
             raise _DrawingStoppedError
 
-    while waiting:
-        on_step(0)
-        chunk = waiting[:batch]
-        requests = [PictureRequest(conditionings[item.prompt], negative, item.seed) for item in chunk]
-        try:
+    def draw_waiting() -> None:
+        while waiting:
+            on_step(0)
+            chunk = waiting[: limit.most]
+            requests = [PictureRequest(conditionings[item.prompt], negative, item.seed) for item in chunk]
             drawn = family.draw(requests, settings, on_step)
-        except Exception as error:
-            if batch == 1 or not _out_of_memory(error):
-                raise
-            batch = 1 if len(chunk) <= 2 else batch // 2
-            _free_cache(family)
-            emit(Logged(severity="info", message=f"Not enough memory to draw {len(chunk)} previews at once."))
-            continue
-        for item, picture in zip(chunk, drawn, strict=True):
-            _keep(family, config, picture, item, folder / item.file_name(step), step, emit)
-        waiting = waiting[batch:]
+            for item, picture in zip(chunk, drawn, strict=True):
+                _keep(family, config, picture, item, folder / item.file_name(step), step, emit)
+            del waiting[: len(chunk)]
+
+    fix = f"Lower previews.side (now {side}), or set previews.every to 0 to train without previews."
+    rungs.attempt("preview", draw_waiting, ladder, fix=fix)
 
 
 def planned_pictures(config: RunConfig, conditioned: Sequence[str]) -> list[PreviewPicture]:
@@ -198,17 +206,7 @@ def _undisturbed(family: Family, adapter: Adapter) -> Iterator[None]:
             dropout.train(mode)
 
 
-def _out_of_memory(error: Exception) -> bool:
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError | MemoryError)
-
-
-def _free_cache(family: Family) -> None:
-    import torch
-
-    torch.cuda.empty_cache()
-
-
 def _words(error: Exception) -> str:
+    if isinstance(error, LorasmithError):
+        return str(error)
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

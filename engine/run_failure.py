@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lorasmith.engine.errors import HardwareError, LorasmithError, StorageError
 from lorasmith.engine.events import RunEnded
+from lorasmith.engine.out_of_memory import describe_shortage, is_out_of_memory
 from lorasmith.engine.run_log import plain_text
 from lorasmith.engine.storage import is_disk_full
 
@@ -25,12 +26,9 @@ def describe_failure(error: BaseException, step: int) -> RunEnded:
 def _known_failure(error: BaseException) -> LorasmithError:
     if isinstance(error, LorasmithError):
         return error
-    # torch's class is known by name only: this module must not import torch.
-    if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
-        fix = "Lower train.batch_size or dataset.resolution, or turn on train.gradient_checkpointing; then resume."
-        return HardwareError("The GPU ran out of memory.", fix=fix)
-    if isinstance(error, MemoryError):
-        return HardwareError("This machine ran out of memory.", fix="Close other programs; then resume the run.")
+    if is_out_of_memory(error):
+        fix = "Close other programs, or lower train.batch_size or dataset.resolution; then resume the run."
+        return HardwareError(describe_shortage(error), fix=fix)
     if isinstance(error, OSError) and is_disk_full(error):
         return StorageError("The disk is full.", fix="Free some space; then resume the run.")
     return LorasmithError(

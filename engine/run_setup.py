@@ -21,14 +21,18 @@ from lorasmith.engine.dataset.captions import full_prompt
 from lorasmith.engine.dataset.items import Dataset
 from lorasmith.engine.dataset.loader import Loader
 from lorasmith.engine.dataset.scan import require_captions, scan_dataset
+from lorasmith.engine.disk_plan import DiskPlan, existing_checkpoints, plan_disk, require_room
 from lorasmith.engine.encoding import Encoder, report_progress
 from lorasmith.engine.end_notice import missing_program
 from lorasmith.engine.events import DatasetReady, Event, Logged, RunStarted, StageChanged
 from lorasmith.engine.families import BaseIdentity, Conditioning, Family, FamilyModule, identify_base
 from lorasmith.engine.learner import Learner, build_learner
+from lorasmith.engine.memory import weights_bytes
+from lorasmith.engine.out_of_memory import FREE_CACHE, Rung, Rungs
 from lorasmith.engine.previews import preview_prompts
+from lorasmith.engine.resume import is_extended
 from lorasmith.engine.sources import BaseFiles, locate_base
-from lorasmith.engine.storage import checkpoint_bytes, planned_bytes, require_writable
+from lorasmith.engine.storage import free_bytes, readable_size, require_writable
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,10 @@ def announce(
     if program := missing_program(config.run.on_finish):
         host.emit(Logged(severity="warning", message=f"run.on_finish: there is no program {program} here."))
     if checkpoint:
-        host.emit(Logged(severity="info", message=f"Resuming from the checkpoint of step {resumed_from}."))
+        message = f"Resuming from the checkpoint of step {resumed_from}."
+        if is_extended(checkpoint, config):
+            message += f" The schedule is planned anew from here to step {config.train.steps}."
+        host.emit(Logged(severity="info", message=message))
 
 
 def find_base(config: RunConfig, emit: Callable[[Event], None]) -> FoundBase:
@@ -84,10 +91,21 @@ def find_base(config: RunConfig, emit: Callable[[Event], None]) -> FoundBase:
     return FoundBase(files, module, identity)
 
 
-def load_base(base: FoundBase, compute: Compute, emit: Callable[[Event], None]) -> Family:
-    """Load the weights of the base model."""
+def load_base(base: FoundBase, compute: Compute, emit: Callable[[Event], None], rungs: Rungs | None = None) -> Family:
+    """Load the weights of the base model; raises HardwareError with the needed memory where it does not fit."""
     emit(StageChanged(stage="load", label=f"Loading the base model on {compute.label}"))
-    return base.module.load(base.files, base.identity, compute.device, compute.dtype)
+    rungs = rungs or Rungs(emit)
+    needed = sum(weights_bytes(base.files).values())
+    ladder = [FREE_CACHE, Rung("apart", "parts are loaded one after another, encoders once needed", lambda: True)]
+    return rungs.attempt(
+        "load",
+        lambda: base.module.load(
+            base.files, base.identity, compute.device, compute.dtype, apart="apart" in rungs.taken("load")
+        ),
+        ladder,
+        fix=f"The weights are {readable_size(needed)} in their files. Close other programs that use this memory, set "
+        "train.precision to bf16, or choose a smaller base model.",
+    )
 
 
 def read_dataset(config: RunConfig, pixel_multiple: int, emit: Callable[[Event], None]) -> Material:
@@ -132,10 +150,11 @@ def build_training(
     adapter: Adapter,
     emit: Callable[[Event], None],
     should_stop: Callable[[], bool],
+    rungs: Rungs | None = None,
 ) -> Learner | None:
     """Encode pictures and prompts once, let the encoders go, and return the learner; None where the user stopped it."""
     emit(StageChanged(stage="cache", label="Encoding pictures and captions"))
-    encoder = Encoder(config, files, family, material.plan, emit, should_stop)
+    encoder = Encoder(config, files, family, material.plan, emit, should_stop, rungs or Rungs(emit))
     encoded = encoder.encode([*material.prompts, config.previews.negative_prompt])
     if encoded is None:
         return None
@@ -144,23 +163,21 @@ def build_training(
     return build_learner(family, adapter, loader, encoded.conditionings, config)
 
 
-def require_space(config: RunConfig, run: RunPaths, num_parameters: int) -> None:
-    """Raise StorageError where the run folder cannot take what is planned to be written to it."""
-    layouts = config.export.layouts
-    pictures = 0
-    if config.previews.every:
-        each = max(1, len(config.previews.prompts) or 2) * len(config.previews.seeds)
-        pictures = each * (config.train.steps // config.previews.every + 1)
-    needed = planned_bytes(
-        num_parameters,
-        checkpoint=checkpoint_bytes(num_parameters, config.optimizer.name, averaged=config.train.ema_decay > 0),
-        keep=min(config.checkpoints.keep, 1 + config.train.steps // (config.checkpoints.every or config.train.steps)),
-        num_layouts=len(layouts),
-        export_precision=config.export.precision,
-        num_previews=pictures,
-    )
+def require_space(config: RunConfig, run: RunPaths, num_parameters: int, done_steps: int) -> DiskPlan:
+    """Return what the run will still write; raises StorageError where its folder cannot take that, part by part."""
     for folder in (run.path, run.checkpoints, run.previews, run.export):
-        require_writable(folder, needed)
+        require_writable(folder, 0)
+    existing = existing_checkpoints(run.checkpoints)
+    plan = plan_disk(config, num_parameters, done_steps=done_steps, existing=existing)
+    require_room(run.path, plan)
+    return plan
+
+
+def tell_disk_plan(run: RunPaths, plan: DiskPlan, emit: Callable[[Event], None]) -> None:
+    """Say what the run will write, part by part, and how much is free."""
+    free = readable_size(free_bytes(run.path))
+    message = f"On the disk, at most {readable_size(plan.total)} are needed: {plan.describe()}; {free} are free."
+    emit(Logged(severity="info", message=message))
 
 
 def preview_conditionings(learner: Learner, material: Material) -> dict[str, Conditioning]:

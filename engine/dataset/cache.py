@@ -8,28 +8,24 @@ so an entry is never stale. A torn or foreign file under an entry's name is comp
 from __future__ import annotations
 
 import contextlib
-import os
-from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 
 from lorasmith.engine.config import DatasetSettings
-from lorasmith.engine.dataset.buckets import Sample, fit_mask, fit_picture
-from lorasmith.engine.dataset.images import DECODE_VERSION, Picture, read_mask, read_picture
+from lorasmith.engine.dataset.buckets import Sample
+from lorasmith.engine.dataset.decode_ahead import Decoded, decoded_batches, mask_source
+from lorasmith.engine.dataset.images import DECODE_VERSION
 from lorasmith.engine.dataset.tensor_cache import TensorCache, key_digest, own_copy
-from lorasmith.engine.errors import DatasetError, TrainingError
+from lorasmith.engine.errors import TrainingError
 from lorasmith.engine.families import Conditioning, Family
-from lorasmith.engine.storage import sha256_file
+from lorasmith.engine.out_of_memory import FREE_CACHE, Limit, Rung, Rungs
 
 TEXT_VERSION = "1"
 """Part of every prompt's key: to be raised whenever the same prompt is encoded in another way than before."""
-_BATCH_PIXELS = 4 * 512 * 512
 _MAX_BATCH = 16
 _PROMPT_BATCH = 16
 
@@ -85,14 +81,14 @@ def latent_key(sample: Sample, family: Family, fingerprint: str, settings: Datas
         "family": family.spec.name,
         "encoder": fingerprint,
         "dtype": str(family.dtype),
+        **_tiles(sample, family),
     }
 
 
-def mask_source(sample: Sample, settings: DatasetSettings) -> str:
-    """Return where a sample's mask comes from: its file's hash, "alpha" for its transparency, "" where it has none."""
-    if settings.masks != "off" and sample.item.mask_path is not None:
-        return sample.item.mask_sha256
-    return "alpha" if settings.masks == "alpha" and sample.item.transparent else ""
+def _tiles(sample: Sample, family: Family) -> dict[str, str]:
+    """Return what encoding in tiles adds to the key of `sample`: nothing where the picture is one tile."""
+    larger = max(sample.bucket.width, sample.bucket.height) > family.tile_side
+    return {"tiles": str(family.tile_side)} if family.tile_side and larger else {}
 
 
 def prompt_key(prompt: str, family: Family, fingerprint: str) -> dict[str, str]:
@@ -114,37 +110,84 @@ def cache_latents(
     on_progress: Progress | None = None,
     should_stop: ShouldStop | None = None,
     cache: LatentCache | None = None,
+    rungs: Rungs | None = None,
 ) -> EncodedPictures:
     """Return the latents and masks of each sample.
 
-    What the disk lacks is decoded in threads ahead of the encoder, which works on batches of one bucket.
-    `on_progress(done, total)` counts samples. When `should_stop` turns true, what is done so far is returned; it is on
-    disk as well. Raises DatasetError where a picture changed since the scan or cannot be read any more, TrainingError
-    where latents are not finite. `fingerprint` is that of the image encoder's files.
+    What the disk lacks is decoded in threads ahead of the encoder, which works on batches of one bucket; where memory
+    runs out, on smaller ones, and at last in tiles. `on_progress(done, total)` counts samples. When `should_stop` turns
+    true, what is done so far is returned; it is on disk as well. Raises DatasetError where a picture changed since the
+    scan or cannot be read any more, TrainingError where latents are not finite, HardwareError where memory does not
+    suffice for one picture. `fingerprint` is that of the image encoder's files.
     """
-    store = cache or LatentCache()
-    keys = {sample.index: latent_key(sample, family, fingerprint, settings) for sample in samples}
-    done = EncodedPictures()
-    missing: dict[str, list[Sample]] = defaultdict(list)  # equal keys (the same picture twice) are encoded once
-    for sample in samples:
-        entry = store.load(keys[sample.index])
-        if entry is not None and "latents" in entry:
-            done.add(sample.index, entry)
-        else:
-            missing[key_digest(keys[sample.index])].append(sample)
-    _report(on_progress, len(done), len(samples))
-    jobs = sorted((group[0] for group in missing.values()), key=lambda sample: (sample.bucket, sample.index))
-    with contextlib.closing(_decoded_batches(jobs, settings)) as batches:
-        for batch, decoded in batches:
-            if should_stop is not None and should_stop():
-                break
-            for sample, entry in zip(batch, _encode(family, decoded, batch), strict=True):
-                key = keys[sample.index]
-                store.store(key, entry)
-                for twin in missing[key_digest(key)]:
-                    done.add(twin.index, entry)
-            _report(on_progress, len(done), len(samples))
-    return done
+    rungs = rungs or Rungs()
+    job = _LatentJob(samples, family, fingerprint, settings, cache or LatentCache(), on_progress, should_stop)
+    limit = job.limit
+    ladder = [
+        FREE_CACHE,
+        limit.rung(4, "pictures are encoded"),
+        limit.rung(1, "picture is encoded"),
+        Rung("apart", "the text encoder waits in main memory meanwhile", lambda: family.save_memory("apart")),
+        Rung("tiles", "large pictures are encoded in overlapping tiles", lambda: family.save_memory("tiles")),
+    ]
+    rungs.retake("image encode", ladder)
+    fix = f"Lower dataset.resolution (now {settings.resolution}), or close other programs that use this memory."
+    return rungs.attempt("image encode", job.run, ladder, fix=fix)
+
+
+@dataclass
+class _LatentJob:
+    """The latents of all samples; `run` may be called again after a failure, and does what is missing."""
+
+    samples: Sequence[Sample]
+    family: Family
+    fingerprint: str
+    settings: DatasetSettings
+    store: LatentCache
+    on_progress: Progress | None
+    should_stop: ShouldStop | None
+
+    def __post_init__(self) -> None:
+        self.limit = Limit(_MAX_BATCH)
+        self._done = EncodedPictures()
+        self._digests: dict[int, str] = {}
+
+    def run(self) -> EncodedPictures:
+        keys = {s.index: latent_key(s, self.family, self.fingerprint, self.settings) for s in self.samples}
+        missing = self._find_missing(keys)
+        _report(self.on_progress, len(self._done), len(self.samples))
+        jobs = sorted((group[0] for group in missing.values()), key=lambda sample: (sample.bucket, sample.index))
+        with contextlib.closing(decoded_batches(jobs, self.settings, self.limit.most)) as batches:
+            for batch, decoded in batches:
+                if self.should_stop is not None and self.should_stop():
+                    break
+                for sample, entry in zip(batch, _encode(self.family, decoded, batch), strict=True):
+                    key = keys[sample.index]
+                    self.store.store(key, entry)
+                    digest = key_digest(key)
+                    for twin in missing[digest]:
+                        self._take(twin, digest, entry)
+                _report(self.on_progress, len(self._done), len(self.samples))
+        return self._done
+
+    def _find_missing(self, keys: Mapping[int, Mapping[str, str]]) -> dict[str, list[Sample]]:
+        """Take what is on disk; return the others by their keys' digests: the same picture twice is encoded once."""
+        missing: dict[str, list[Sample]] = defaultdict(list)
+        for sample in self.samples:
+            digest = key_digest(keys[sample.index])
+            if self._digests.get(sample.index) == digest:
+                continue
+            self._done.latents.pop(sample.index, None)
+            entry = self.store.load(keys[sample.index])
+            if entry is not None and "latents" in entry:
+                self._take(sample, digest, entry)
+            else:
+                missing[digest].append(sample)
+        return missing
+
+    def _take(self, sample: Sample, digest: str, entry: Mapping[str, torch.Tensor]) -> None:
+        self._done.add(sample.index, entry)
+        self._digests[sample.index] = digest
 
 
 def cache_prompts(
@@ -154,12 +197,22 @@ def cache_prompts(
     on_progress: Progress | None = None,
     should_stop: ShouldStop | None = None,
     cache: TextCache | None = None,
+    rungs: Rungs | None = None,
 ) -> dict[str, Conditioning]:
-    """Return the conditioning of each prompt, on the CPU, from disk or encoded now.
+    """Return the conditioning of each prompt, on the CPU, from disk or encoded now; in smaller batches where need be.
 
     `on_progress(done, total)` counts different prompts. When `should_stop` turns true, what is done so far is returned.
-    `fingerprint` is that of the text encoders' and tokenizers' files.
+    `fingerprint` is that of the text encoders' and tokenizers' files. Raises HardwareError where memory does not
+    suffice for one prompt.
     """
+    rungs, limit = rungs or Rungs(), Limit(_PROMPT_BATCH)
+    ladder = [
+        FREE_CACHE,
+        limit.rung(4, "captions are encoded"),
+        limit.rung(1, "caption is encoded"),
+        Rung("apart", "the image encoder is out of memory meanwhile", lambda: family.save_memory("apart")),
+    ]
+    rungs.retake("text encode", ladder)
     store = cache or TextCache()
     wanted = sorted(set(prompts))
     done: dict[str, Conditioning] = {}
@@ -168,96 +221,25 @@ def cache_prompts(
         if entry is not None:
             done[prompt] = entry
     _report(on_progress, len(done), len(wanted))
-    missing = [prompt for prompt in wanted if prompt not in done]
-    for start in range(0, len(missing), _PROMPT_BATCH):
-        if should_stop is not None and should_stop():
-            break
-        batch = missing[start : start + _PROMPT_BATCH]
-        # no_grad and not inference_mode: inference tensors cannot take part in training later.
-        with torch.no_grad():
-            encoded = family.encode_prompts(batch)
-        for prompt, conditioning in zip(batch, encoded, strict=True):
-            done[prompt] = {name: own_copy(tensor) for name, tensor in conditioning.items()}
-            store.store(prompt_key(prompt, family, fingerprint), done[prompt])
-        _report(on_progress, len(done), len(wanted))
-    return done
+
+    def encode_missing() -> dict[str, Conditioning]:
+        while missing := [prompt for prompt in wanted if prompt not in done][: limit.most]:
+            if should_stop is not None and should_stop():
+                break
+            # no_grad and not inference_mode: inference tensors cannot take part in training later.
+            with torch.no_grad():
+                encoded = family.encode_prompts(missing)
+            for prompt, conditioning in zip(missing, encoded, strict=True):
+                done[prompt] = {name: own_copy(tensor) for name, tensor in conditioning.items()}
+                store.store(prompt_key(prompt, family, fingerprint), done[prompt])
+            _report(on_progress, len(done), len(wanted))
+        return done
+
+    fix = "Close other programs that use this memory, or set train.precision to bf16."
+    return rungs.attempt("text encode", encode_missing, ladder, fix=fix)
 
 
-@dataclass
-class _Decoded:
-    """A sample's pixels (H, W, 3) and mask (H, W) at its training size, both uint8."""
-
-    pixels: torch.Tensor
-    mask: torch.Tensor | None
-
-
-def _decoded_batches(
-    jobs: Sequence[Sample], settings: DatasetSettings
-) -> Generator[tuple[list[Sample], list[_Decoded]]]:
-    """Yield batches of one bucket, decoding the next batches meanwhile."""
-    workers = min(8, os.cpu_count() or 1)
-    batches = deque(_batches(jobs))
-    running: deque[tuple[list[Sample], list[Future[_Decoded]]]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    try:
-        while batches or running:
-            # Two batches or two pictures a worker ahead keep everyone busy; more would only fill the memory.
-            while batches and (len(running) < 2 or sum(len(futures) for _, futures in running) < 2 * workers):
-                batch = batches.popleft()
-                running.append((batch, [pool.submit(_decode, sample, settings) for sample in batch]))
-            batch, futures = running.popleft()
-            yield batch, [future.result() for future in futures]
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _batches(jobs: Sequence[Sample]) -> Iterator[list[Sample]]:
-    batch: list[Sample] = []
-    for sample in jobs:
-        size = max(1, min(_MAX_BATCH, _BATCH_PIXELS // (sample.bucket.width * sample.bucket.height)))
-        if batch and (batch[0].bucket != sample.bucket or len(batch) >= size):
-            yield batch
-            batch = []
-        batch.append(sample)
-    if batch:
-        yield batch
-
-
-def _decode(sample: Sample, settings: DatasetSettings) -> _Decoded:
-    picture = read_picture(sample.item.path, settings.alpha_background)
-    if picture.sha256 != sample.item.sha256:
-        raise _changed(sample.item.relative)
-    image: Image.Image = fit_picture(picture.image, sample.bucket, sample.offset)
-    if sample.flipped:
-        image = ImageOps.mirror(image)
-    mask = _mask_of(sample, picture, settings)
-    fitted = None if mask is None else fit_mask(mask, picture.image.size, sample)
-    return _Decoded(_bytes(image), None if fitted is None else _bytes(fitted))
-
-
-def _mask_of(sample: Sample, picture: Picture, settings: DatasetSettings) -> Image.Image | None:
-    """Return the whole picture's mask, in the size that it has, or None."""
-    source, path = mask_source(sample, settings), sample.item.mask_path
-    if source in ("", "alpha") or path is None:
-        return picture.alpha if source == "alpha" else None
-    if sha256_file(path) != source:
-        raise _changed(f"The mask of {sample.item.relative}")
-    return read_mask(path)
-
-
-def _bytes(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image))
-
-
-def _changed(name: str) -> DatasetError:
-    return DatasetError(
-        f"{name} changed after it was scanned.",
-        why="Its latents would be kept under the name of another picture.",
-        fix="Start again when the dataset is no longer edited.",
-    )
-
-
-def _encode(family: Family, decoded: Sequence[_Decoded], batch: Sequence[Sample]) -> list[dict[str, torch.Tensor]]:
+def _encode(family: Family, decoded: Sequence[Decoded], batch: Sequence[Sample]) -> list[dict[str, torch.Tensor]]:
     # Channels stay last in memory, as decoded: on a CPU the encoder is a third faster so.
     pixels = torch.stack([each.pixels for each in decoded]).permute(0, 3, 1, 2)
     # Bytes travel to the device, a quarter of the floats.

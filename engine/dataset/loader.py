@@ -31,6 +31,17 @@ class Batch:
     weights: torch.Tensor
     pixel_weights: torch.Tensor | None = None
 
+    def pictures(self, start: int, end: int) -> Batch:
+        """Return the part of the batch from picture `start` up to `end`; nothing is copied."""
+        pixels = self.pixel_weights
+        return Batch(
+            latents=self.latents[start:end],
+            captions=self.captions[start:end],
+            indices=self.indices[start:end],
+            weights=self.weights[start:end],
+            pixel_weights=None if pixels is None else pixels[start:end],
+        )
+
 
 class Loader:
     """The batches of a run."""

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from lorasmith.engine.out_of_memory import is_out_of_memory
 from lorasmith.engine.storage import cache_folder
 
 _log = logging.getLogger(__name__)
@@ -45,7 +46,9 @@ class TensorCache:
             with safe_open(self.path(key), framework="pt", device="cpu") as file:
                 facts = file.metadata() or {}
                 tensors = {name: own_copy(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (OSError, SafetensorError, ValueError, RuntimeError):
+        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             return None
         intact = facts.get("key") == key_digest(key) and facts.get("crc32") == _checksum(tensors)
         return tensors if intact else None

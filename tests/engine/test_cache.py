@@ -15,6 +15,7 @@ from PIL import Image
 
 from lorasmith.engine.config import DatasetSettings
 from lorasmith.engine.dataset import cache as cache_module
+from lorasmith.engine.dataset import decode_ahead
 from lorasmith.engine.dataset.buckets import Sample, plan_buckets
 from lorasmith.engine.dataset.cache import (
     EncodedPictures,
@@ -41,6 +42,7 @@ class FakeFamily:
         self.batches: list[tuple[int, ...]] = []
         self.prompts: list[str] = []
         self.factor = 1.0
+        self.tile_side = 0
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         assert pixels.dtype == self.dtype
@@ -132,7 +134,7 @@ def test_a_second_run_encodes_nothing_and_gives_the_same(folder: Path, tmp_path:
 def test_batches_hold_one_bucket_and_stay_small_for_large_pictures(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_module, "_BATCH_PIXELS", 2 * 64 * 64)
+    monkeypatch.setattr(decode_ahead, "_BATCH_PIXELS", 2 * 64 * 64)
     fake = FakeFamily()
     encode(options(folder), fake, LatentCache(tmp_path))
     assert sorted(fake.batches) == [(1, 3, 64, 64), (2, 3, 32, 128), (2, 3, 64, 64), (2, 3, 64, 64)]
@@ -301,7 +303,7 @@ def test_progress_counts_hits_and_encodings_up_to_the_total(folder: Path, tmp_pa
 
 
 def test_stopping_keeps_what_is_done(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "_BATCH_PIXELS", 64 * 64)
+    monkeypatch.setattr(decode_ahead, "_BATCH_PIXELS", 64 * 64)
     settings, store, fake = options(folder), LatentCache(tmp_path / "cache"), FakeFamily()
     samples = samples_of(settings)
     part = cache_latents(
@@ -452,8 +454,8 @@ def test_encoding_prompts_can_be_stopped(tmp_path: Path) -> None:
 def test_pictures_are_decoded_while_others_are_encoded(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_module, "_BATCH_PIXELS", 64 * 64)
-    decode, decoded = cache_module._decode, threading.Semaphore(0)
+    monkeypatch.setattr(decode_ahead, "_BATCH_PIXELS", 64 * 64)
+    decode, decoded = decode_ahead._decode, threading.Semaphore(0)
 
     def count(sample: Sample, settings: DatasetSettings) -> Any:
         result = decode(sample, settings)
@@ -466,5 +468,5 @@ def test_pictures_are_decoded_while_others_are_encoded(
                 assert all(decoded.acquire(timeout=20) for _ in range(2))
             return super().encode_images(pixels)
 
-    monkeypatch.setattr(cache_module, "_decode", count)
+    monkeypatch.setattr(decode_ahead, "_decode", count)
     assert len(encode(options(folder), WaitingFamily(), LatentCache(tmp_path / "cache"))) == 7

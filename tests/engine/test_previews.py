@@ -42,6 +42,11 @@ class FakeFamily:
         self.batches: list[list[tuple[str, str, int]]] = []
         self.settings: list[DrawSettings] = []
         self._fail, self._level = fail, level
+        self.measures: list[str] = []
+
+    def save_memory(self, measure: str) -> bool:
+        self.measures.append(measure)
+        return self.measures.count(measure) == 1
 
     def draw(
         self, requests: Sequence[PictureRequest], settings: DrawSettings, on_step: Callable[[int], None]
@@ -165,7 +170,9 @@ def test_too_little_memory_for_one_picture_is_a_warning(tmp_path: Path) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     events, _ = draw(FakeFamily(fail), make_config(), tmp_path)
-    assert any("OutOfMemoryError" in message for message in warnings_in(events))
+    [message] = warnings_in(events)
+    assert "The GPU ran out of memory" in message
+    assert "previews.side" in message
 
 
 def test_a_stop_ends_the_drawing_between_two_steps(tmp_path: Path) -> None:
