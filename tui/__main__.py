@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
+    from lorasmith.engine.run_folder import RunFolder
     from lorasmith.engine.session import Session
 
 USAGE = """lorasmith: the wizard needs a terminal. Without one, use the commands:
@@ -37,9 +38,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     if arguments == ["demo"] and is_interactive():
         return run_wizard(demo=True)
+    if arguments[0] == "attach" and is_interactive():
+        put_monitor_into_attach()
     from lorasmith.engine.cli import main as run_command
 
     return run_command(arguments)
+
+
+def put_monitor_into_attach() -> None:
+    """Let `lorasmith attach` open the monitor: the commands know no screen."""
+    from lorasmith.engine.cli import attach
+
+    def open_monitor(run: RunFolder, read_only: bool) -> int:
+        from lorasmith.tui.attach import open_attached
+
+        return open_attached(run, read_only)
+
+    attach.open_monitor = open_monitor
 
 
 def is_interactive() -> bool:

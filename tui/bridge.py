@@ -114,6 +114,11 @@ class AttachedRun:
         return self._watch.alive
 
     @property
+    def ended(self) -> RunEnded | None:
+        """The last word of the run's newest start, if it had one."""
+        return self._watch.ended
+
+    @property
     def finished(self) -> bool:
         """Whether the run has ended or its process is gone, and every event was drained."""
         return self._over and not self._new

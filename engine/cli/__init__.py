@@ -1,4 +1,4 @@
-"""The headless commands: `lorasmith train`, `demo`, `check`, `caption`, `plan`, `doctor`, `runs`, `inspect`, `export`.
+"""The headless commands: `lorasmith train`, `demo`, `attach`, `check`, `caption`, `plan`, `runs`, `export` and more.
 
 Starting is cheap: each command imports what it needs when it runs, so `--version` and `--help` never load torch.
 A LorasmithError ends with its three parts on stderr and its own exit code, anything unexpected with the path of a log.
@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from lorasmith.engine import errors
+from lorasmith.engine.cli.attach import attach as _attach
 from lorasmith.engine.cli.caption import caption_app
 from lorasmith.engine.cli.caption_edit import edit as _edit
 from lorasmith.engine.cli.caption_edit import restore as _restore
@@ -48,7 +49,7 @@ app = typer.Typer(
 )
 
 
-for _command in (_train, _demo, _check, _plan, _doctor, _runs, _inspect, _export):
+for _command in (_train, _demo, _attach, _check, _plan, _doctor, _runs, _inspect, _export):
     app.command()(_command)
 for _caption_command in (_edit, _tags, _write, _restore):
     caption_app.command()(_caption_command)

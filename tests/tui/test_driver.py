@@ -122,11 +122,11 @@ def test_a_terminal_that_does_not_read_holds_up_neither_training_nor_screen(star
 def test_quitting_while_training_asks_and_then_waits_for_the_checkpoint(start: Start, tmp_path: Path) -> None:
     program = start(100_000)
     program.type("\x11")
-    assert program.wait_for(lambda: "Stop it and quit?" in program.text())
+    assert program.wait_for(lambda: "What shall become of it?" in program.text())
     program.type("n")
-    assert program.wait_for(lambda: "Stop it and quit?" not in program.text())
+    assert program.wait_for(lambda: "What shall become of it?" not in program.text())
     program.type("\x11")
-    assert program.wait_for(lambda: "Stop it and quit?" in program.text())
+    assert program.wait_for(lambda: "What shall become of it?" in program.text())
     program.type("y")
     assert program.wait() == 130
     assert (tmp_path / "checkpoint").exists()
