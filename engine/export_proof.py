@@ -169,7 +169,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
     try:
         return load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last is what torch raises where it opens the file
         raise ExportError(f"Cannot read {path.name} again.", why=str(error), fix="Check the disk.") from error
 
 

@@ -16,6 +16,7 @@ from lorasmith.engine import memory, storage
 from lorasmith.engine.dataset.buckets import MAX_ENLARGEMENT, BucketPlan, BucketRow, plan_buckets
 from lorasmith.engine.dataset.cache_size import forecast_cache, max_prompts, numbers_of_prompt
 from lorasmith.engine.dataset.epochs import Epochs
+from lorasmith.engine.disk_plan import plan_disk
 from lorasmith.engine.families import families
 
 if TYPE_CHECKING:
@@ -186,14 +187,7 @@ def _adapter_sizes(config: RunConfig, shapes: memory.Shapes | None, parameters: 
         "adapter_modules": len(shapes),
         "checkpoint_bytes": checkpoint,
         "export_bytes": _export_bytes(config, len(shapes), parameters),
-        "disk_needed_bytes": storage.planned_bytes(
-            parameters,
-            checkpoint=checkpoint,
-            keep=_num_checkpoints(config),
-            num_layouts=len(set(config.export.layouts)),
-            export_precision=config.export.precision,
-            num_previews=_num_previews(config),
-        ),
+        "disk_needed_bytes": plan_disk(config, parameters).total,
     }
 
 

@@ -205,18 +205,6 @@ def checkpoint_bytes(num_parameters: int, optimizer: str, *, averaged: bool = Fa
     return int(num_parameters * (4 + 4 * averaged + OPTIMIZER_BYTES[optimizer])) + 1_000_000
 
 
-def planned_bytes(
-    num_parameters: int, *, checkpoint: int, keep: int, num_layouts: int, export_precision: str, num_previews: int = 0
-) -> int:
-    """Return the disk space that a run takes: `keep` checkpoints and the one being written, exports, previews.
-
-    `checkpoint` is what `checkpoint_bytes` says.
-    """
-    checkpoints = (keep + 1) * checkpoint
-    exports = num_layouts * (num_parameters * EXPORT_BYTES[export_precision] + 1_000_000)
-    return checkpoints + exports + num_previews * 1_000_000
-
-
 def readable_size(num_bytes: float) -> str:
     """Return a size for people, such as `1.4 GiB`."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):

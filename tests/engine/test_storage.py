@@ -12,7 +12,6 @@ from lorasmith.engine.errors import StorageError
 from lorasmith.engine.storage import (
     atomic_write,
     checkpoint_bytes,
-    planned_bytes,
     readable_size,
     require_writable,
     storage_error,
@@ -76,13 +75,6 @@ def test_require_writable_refuses_a_read_only_folder(tmp_path: Path) -> None:
 def test_require_writable_says_both_sizes_where_the_disk_is_too_small(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"about 1048576\.0 GiB are needed, [\d.]+ \w+ are free"):
         require_writable(tmp_path, 2**50)
-
-
-def test_the_plan_counts_kept_checkpoints_one_being_written_and_exports() -> None:
-    checkpoint = checkpoint_bytes(1_000_000, "adamw")
-    planned = planned_bytes(1_000_000, checkpoint=checkpoint, keep=3, num_layouts=1, export_precision="fp16")
-    # Four checkpoints of 4 + 8 bytes a number, one file of 2 bytes a number, and 1 MB of headers for each.
-    assert planned / 1e6 == pytest.approx(4 * 13 + 3)
 
 
 def test_a_running_average_adds_one_more_copy_of_the_weights_to_a_checkpoint() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lorasmith.engine import compute, finishing, run_setup, storage
+from lorasmith.engine import compute, disk_plan, finishing, run_setup
 from lorasmith.engine.adapters import attach_adapter
 from lorasmith.engine.commands import Command
 from lorasmith.engine.compute import choose_compute
@@ -302,7 +302,7 @@ def test_a_full_disk_is_said_before_the_base_model_is_loaded(
 ) -> None:
     config = tiny_config(tiny_sd15, tmp_path)
     run, host = new_run(config), RecordingHost()
-    monkeypatch.setattr(storage, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(disk_plan, "free_bytes", lambda path: 1000)
     with pytest.raises(StorageError, match="Not enough disk space"):
         run_training(config, host, run)
     assert not host.of(StageChanged)
