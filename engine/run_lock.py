@@ -15,16 +15,28 @@ import socket
 import time
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lorasmith.engine.errors import RunLockedError, StorageError
-from lorasmith.engine.run_folder import RunFolder
+from lorasmith.engine.kill_evidence import boot_mark, memory_kills
 
 LOCK_SECONDS = 2.0
 """How long a start waits for processes that hold the lock only to look, and a reader for a record being written."""
 POLL_SECONDS = 0.005
 RECORD_BYTES = 512
 _held: weakref.WeakSet[RunLock] = weakref.WeakSet()
+
+
+class Lockable(Protocol):
+    """What can be worked on by one process at a time: a `run_folder.RunFolder`, or a queue."""
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+
+    @property
+    def lock(self) -> Path:
+        """The file in it that is locked."""
 
 
 class RunLock:
@@ -34,7 +46,7 @@ class RunLock:
     process do not hold it, not even those that are forked without a new program.
     """
 
-    def __init__(self, run: RunFolder) -> None:
+    def __init__(self, run: Lockable) -> None:
         try:
             self._fd = os.open(run.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -55,7 +67,7 @@ class RunLock:
             self._write({})
             self._forget()
 
-    def _take(self, run: RunFolder) -> None:
+    def _take(self, run: Lockable) -> None:
         deadline = time.monotonic() + LOCK_SECONDS
         while not _try_lock(self._fd, fcntl.LOCK_EX, run):
             # Several may hold it together for a moment, only to look; only one that works on the run refuses this.
@@ -79,7 +91,7 @@ class RunLock:
         _held.discard(self)
 
 
-def lock_holder(run: RunFolder) -> dict[str, Any] | None:
+def lock_holder(run: Lockable) -> dict[str, Any] | None:
     """Return who works on the run now ({} where unknown; keys pid, host, started), or None where nobody does."""
     try:
         fd = os.open(run.lock, os.O_RDONLY | os.O_CLOEXEC)
@@ -122,7 +134,9 @@ def _mark_without_proc(pid: int) -> str | None:
 
 
 def _own_marks() -> dict[str, Any]:
-    return {"mark": process_mark(os.getpid()), "namespace": _pid_namespace()}
+    # The last two are for whoever finds the record of a process that vanished: `sudden_end`.
+    marks = {"mark": process_mark(os.getpid()), "namespace": _pid_namespace()}
+    return marks | {"boot": boot_mark(), "kills": memory_kills()}
 
 
 def _pid_namespace() -> int:
@@ -132,7 +146,7 @@ def _pid_namespace() -> int:
         return 0
 
 
-def _try_lock(fd: int, kind: int, run: RunFolder) -> bool:
+def _try_lock(fd: int, kind: int, run: Lockable) -> bool:
     try:
         fcntl.flock(fd, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -161,7 +175,7 @@ def _may_hold(record: dict[str, Any]) -> bool:
     return process_mark(pid) == record.get("mark")
 
 
-def _locked_error(run: RunFolder, holder: dict[str, Any]) -> RunLockedError:
+def _locked_error(run: Lockable, holder: dict[str, Any]) -> RunLockedError:
     why = "Which process it is cannot be read from the lock."
     if holder:
         started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(holder.get("started", 0))))
@@ -171,7 +185,7 @@ def _locked_error(run: RunFolder, holder: dict[str, Any]) -> RunLockedError:
     )
 
 
-def _cannot_lock(run: RunFolder, error: OSError) -> StorageError:
+def _cannot_lock(run: Lockable, error: OSError) -> StorageError:
     unsupported = error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
     return StorageError(
         f"Cannot lock {run.lock}.",

@@ -6,10 +6,12 @@ a library that warns at every step must not fill the disk over days.
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import logging.handlers
 import os
 import re
+import sys
 import threading
 from collections.abc import Mapping
 from io import TextIOWrapper
@@ -82,6 +84,7 @@ class RunLog:
             if handler.users == 1:
                 _open_logs[self._path] = handler
                 logging.getLogger().addHandler(handler)
+                handler.catch_crashes()
         logger.setLevel(logging.INFO)
         self._handler: _BoundedHandler | None = handler
 
@@ -95,6 +98,7 @@ class RunLog:
             if handler.users == 0:
                 del _open_logs[self._path]
                 logging.getLogger().removeHandler(handler)
+                handler.ignore_crashes()
                 handler.close()
 
 
@@ -110,6 +114,20 @@ class _BoundedHandler(logging.handlers.RotatingFileHandler):
             return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
         return open(self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors, opener=private)  # type: ignore[return-value]
+
+    def catch_crashes(self) -> None:
+        """Let a crash of the whole process, such as a segmentation fault, leave every thread's stack in the file."""
+        self._was_enabled = faulthandler.is_enabled()
+        # Of its own: the other one is closed where the file is full and another begins.
+        self._crash_fd = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        faulthandler.enable(file=self._crash_fd, all_threads=True)
+
+    def ignore_crashes(self) -> None:
+        """Put back what was before `catch_crashes`."""
+        faulthandler.disable()
+        if self._was_enabled and sys.__stderr__ is not None and not sys.__stderr__.closed:
+            faulthandler.enable(file=sys.__stderr__, all_threads=True)
+        os.close(self._crash_fd)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (overrides logging's own name)
         # A full disk must neither end the training nor print a traceback over the screen.

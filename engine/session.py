@@ -40,6 +40,8 @@ from lorasmith.engine.run_folder import RunFolder, create_run, open_run
 from lorasmith.engine.run_lock import RunLock, lock_holder
 from lorasmith.engine.run_log import RunLog, plain_text, quiet_libraries
 from lorasmith.engine.run_summary import RunSummary, list_runs, summarize_run
+from lorasmith.engine.sudden_end import describe_sudden_end
+from lorasmith.engine.sudden_end import describe_sudden_end
 from lorasmith.engine.watchdog import Watchdog
 
 __all__ = [
@@ -84,6 +86,8 @@ class Session:
         self._commands: SimpleQueue[Command] = SimpleQueue()
         self._emitting = threading.Lock()
         self._told_problem = ""
+        self._before = ""
+        self._before = ""
         self._ended = False
         self._step = 0
         self._watchdog = Watchdog(self._emit_past_a_hanging_disk, run.stacks, lambda: self._step)
@@ -97,6 +101,7 @@ class Session:
         if self._thread is not None:
             raise RuntimeError("a session starts once")
         quiet_libraries()
+        self._before = describe_sudden_end(self.run)
         with contextlib.ExitStack() as undo:
             self._lock = RunLock(self.run)
             undo.callback(self._lock.release)
@@ -206,6 +211,9 @@ class Session:
         self._step = getattr(event, "step", resumed)
         written = self._journal.append(event)
         self._show(event)
+        if self._before and isinstance(event, RunStarted):
+            text, self._before = self._before, ""
+            self._record(Logged(severity="warning", message=text))
         self._tell_problem(written)
 
     def _show(self, event: Event) -> None:
