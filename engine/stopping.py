@@ -58,18 +58,20 @@ class Stopping:
         if session is not None and not session.finished:
             session.send(Command.STOP)
 
-    def end_if_overdue(self, session: Stoppable) -> None:
-        """End the process, with the journal's last word, where the engine did not end in time."""
-        if self._asked_at is None:
-            return
+    def is_overdue(self, session: Stoppable) -> bool:
+        """Whether the engine did not end in time; the journal then has the run's end as its last word.
+
+        The engine is in the middle of something that cannot be interrupted: end the process by `os._exit`.
+        """
+        if self._asked_at is None or session.finished:
+            return False
         training = _is_training(session)
         patience = BUSY_SECONDS if training else IDLE_SECONDS
-        if time.monotonic() - self._asked_at < patience or session.finished:
-            return
+        if time.monotonic() - self._asked_at < patience:
+            return False
         if RunEnded not in session.latest:
             session.emit(_overdue(session, patience) if training else _nothing_lost(session))
-        # The engine is in the middle of something that cannot be interrupted: it is left behind.
-        os._exit(EXIT_STOPPED)
+        return True
 
 
 def tell_loss(session: Stoppable, run_folder: str) -> str:

@@ -14,7 +14,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from textual.app import App
 
@@ -226,9 +226,18 @@ def wait_headless(session: HostedRun, handlers: SignalHandlers, terminal: Termin
         if over:
             break
         terminal.lines.flush()
-        handlers.stopping.end_if_overdue(session)
+        if handlers.stopping.is_overdue(session):
+            _leave_behind(session, terminal)
     if not seen and session.outcome is not None and not handlers.stopping.asked and not terminal.lost:
         terminal.lines.write(terminal_notice(session.outcome, session.run.path.name, os.environ))
+
+
+def _leave_behind(session: HostedRun, terminal: Terminal) -> NoReturn:
+    """End the process while the engine still works on something that cannot be interrupted."""
+    for event in session.drain():
+        _print_event(event, terminal)
+    terminal.restore()
+    os._exit(EXIT_STOPPED)
 
 
 def _print_event(event: Event, terminal: Terminal) -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, TextIO, cast
+from typing import TYPE_CHECKING, NoReturn, TextIO, cast
 
 from lorasmith.engine.cli.progress import RunPrinter, default_stream
 from lorasmith.engine.commands import Command
@@ -93,7 +93,8 @@ class Hosting:
         if self._stopping.asked and not self._stop_told:
             self._stop_told = True
             self._printer.line("Saving a checkpoint, then ending. Once more ends at once, without saving.")
-        self._stopping.end_if_overdue(self._session)
+        if self._stopping.is_overdue(self._session):
+            self._leave_behind()
 
     def _take_hang_up(self) -> None:
         hung_up, self._hang_ups = self._hang_ups > 0, 0
@@ -107,6 +108,16 @@ class Hosting:
             return
         self._loss_told = True
         tell_loss(self._session, str(self._run.path))
+
+    def _leave_behind(self) -> NoReturn:
+        """End the process while the engine still works on something that cannot be interrupted."""
+        self._show_events()
+        self._printer.hide()
+        if self._printer.ended is not None:
+            self._printer.line(self._printer.ended.message)
+        if isinstance(self._stream, PatientStream):
+            self._stream.finish(LAST_WORDS_SECONDS)
+        os._exit(EXIT_STOPPED)
 
     def _stop_process(self) -> None:
         self._printer.hide()

@@ -337,29 +337,6 @@ def test_resume_without_such_a_run_says_how_to_begin(
     assert "No run named tiny" in capsys.readouterr().err
 
 
-def test_a_second_signal_ends_the_process_at_once() -> None:
-    code = """
-import os, signal, sys, threading, time
-from lorasmith.engine.cli import train
-class Session:
-    finished = False
-    def __init__(self, *args): pass
-    def start(self): threading.Timer(0.2, self.interrupt).start()
-    def interrupt(self):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGINT)
-    def send(self, command): print("sent", command, flush=True)
-    def drain(self): return []
-import lorasmith.engine.session
-lorasmith.engine.session.Session = Session
-train.host_run(None, None)
-"""
-    done = run_python(code)
-    assert done.returncode == -signal.SIGINT
-    assert "sent stop" in done.stdout
-
-
 def test_export_writes_a_checkpoint_in_the_layout_that_is_asked_for(
     trained: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""The monitor over a session without torch, as a program for tests in a real pty: FOLDER STEPS [crash]."""
+"""The monitor over a session without torch, as a program for tests in a real pty: FOLDER STEPS."""
 
 from __future__ import annotations
 
@@ -8,24 +8,18 @@ from typing import Any
 
 from textual.app import App
 
-from lorasmith.tui.screens.monitor import MonitorScreen
 from lorasmith.tui.screen_host import run_app
+from lorasmith.tui.screens.monitor import MonitorScreen
 from tests.tui.fake_session import BeatingSession
 
 
 class HostedApp(App[int]):
-    def __init__(self, session: BeatingSession, crash: bool) -> None:
+    def __init__(self, session: BeatingSession) -> None:
         super().__init__()
         self.session = session
-        self.crash = crash
 
     def on_mount(self) -> None:
         self.push_screen(MonitorScreen(self.session))
-        if self.crash:
-            self.set_timer(0.5, self.fail)
-
-    def fail(self) -> None:
-        raise RuntimeError("a mistake in the screen")
 
     async def action_quit(self) -> None:
         screen: Any = self.screen
@@ -36,7 +30,7 @@ def main() -> int:
     folder, steps = Path(sys.argv[1]), int(sys.argv[2])
     session = BeatingSession(folder, steps)
     session.start()
-    app = HostedApp(session, crash="crash" in sys.argv[3:])
+    app = HostedApp(session)
     return run_app(app, lambda: session, folder / "screen.log")
 
 

@@ -1,11 +1,10 @@
-"""In a real pty: the training outlives its terminal and its screen, and signals end it with a checkpoint."""
+"""In a real pty: a terminal that does not read holds nothing up, and quitting asks. What signals do: tests/faults."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import select
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -47,62 +46,6 @@ def wait_until(done: Callable[[], bool], seconds: float = 30.0) -> bool:
     while not done() and time.monotonic() < end:
         time.sleep(0.05)
     return done()
-
-
-def test_closing_the_terminal_ends_the_screen_and_the_training_goes_on_to_its_end(start: Start, tmp_path: Path) -> None:
-    program = start(150)
-    before = len(beats(tmp_path))
-    program.hang_up()
-    assert wait_until(lambda: (tmp_path / "ended").exists())
-    assert program.process.wait(10) == 0
-    assert (tmp_path / "ended").read_text() == "finished"
-    assert len(beats(tmp_path)) == 150 > before
-    log = (tmp_path / "screen.log").read_text()
-    assert "The terminal is gone; training goes on" in log
-    assert "Training finished." in log
-
-
-def test_further_hang_ups_do_nothing_and_sigterm_then_saves_a_checkpoint(start: Start, tmp_path: Path) -> None:
-    program = start(100_000)
-    program.hang_up()
-    for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTSTP, signal.SIGCONT):
-        time.sleep(0.2)
-        program.signal(number)
-    seen = len(beats(tmp_path))
-    assert wait_until(lambda: len(beats(tmp_path)) > seen + 3)
-    program.signal(signal.SIGTERM)
-    assert program.process.wait(20) == 130
-    assert (tmp_path / "checkpoint").exists()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_a_checkpoint_gives_the_terminal_back_and_exits_130(
-    start: Start, tmp_path: Path, number: int
-) -> None:
-    program = start(100_000)
-    assert b"\x1b[?1049h" in program.output
-    assert program.modes() != program.modes_before
-    program.signal(number)
-    assert program.wait() == 130
-    assert (tmp_path / "checkpoint").exists()
-    program.read(0.3)
-    assert program.modes() == program.modes_before
-    for reset in (b"\x1b[?1049l", b"\x1b[?25h", b"\x1b[?1003l", b"\x1b[?2004l"):
-        assert program.output.rfind(reset) > program.output.rfind(reset[:-1] + (b"h" if reset[-1:] == b"l" else b"l"))
-    assert b"Stopped." in program.output[program.output.rfind(b"\x1b[?1049l") :]
-
-
-def test_a_crash_of_the_screen_leaves_the_training_running_and_says_so_on_the_terminal(
-    start: Start, tmp_path: Path
-) -> None:
-    program = start(100, "crash")
-    program.wait()
-    assert (tmp_path / "ended").read_text() == "finished"
-    assert len(beats(tmp_path)) == 100
-    program.read(0.3)
-    after = program.output[program.output.rfind(b"\x1b[?1049l") :]
-    assert b"training goes on" in after
-    assert program.modes() == program.modes_before
 
 
 def test_a_terminal_that_does_not_read_holds_up_neither_training_nor_screen(start: Start, tmp_path: Path) -> None:
