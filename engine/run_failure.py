@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from lorasmith.engine.errors import HardwareError, LorasmithError, StorageError
-from lorasmith.engine.events import RunEnded
+from collections.abc import Container
+from pathlib import Path
+
+from lorasmith.engine.errors import EXIT_STOPPED, HardwareError, LorasmithError, StorageError
+from lorasmith.engine.events import CheckpointSaved, Event, ExportDone, RunEnded
 from lorasmith.engine.out_of_memory import describe_shortage, is_out_of_memory
 from lorasmith.engine.run_log import plain_text
 from lorasmith.engine.storage import is_disk_full
@@ -20,6 +23,23 @@ def describe_failure(error: BaseException, step: int) -> RunEnded:
         why=plain_text(why),
         fix=plain_text(known.fix),
         exit_code=known.exit_code,
+    )
+
+
+def describe_wordless_end(told: Container[type[Event]], step: int, log: Path) -> RunEnded:
+    """Return the end of a training that returned without one; only a proved export counts as finished."""
+    if ExportDone in told:
+        return RunEnded(outcome="finished", step=step, message="Training finished.")
+    if CheckpointSaved in told:
+        message = "Stopped; the run can be resumed."
+        return RunEnded(outcome="stopped", step=step, message=message, exit_code=EXIT_STOPPED)
+    return RunEnded(
+        outcome="failed",
+        step=step,
+        message="Training ended without a result.",
+        why="It wrote neither a LoRA nor a checkpoint.",
+        fix=f"Report it with {log}.",
+        exit_code=1,
     )
 
 

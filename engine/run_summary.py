@@ -55,8 +55,8 @@ class RunSummary:
     """What became of a run, as far as its lock and its journal tell.
 
     `step` is the last journaled step, `checkpoint_step` the newest checkpoint's (None: none), `changed` the time of the
-    last of these events or, before the first, of the folder's last change, `since` that at which `state` began (0.0 where unknown); `message`
-    says how it ended or why it waits, `process` is the pid of the one that works on it.
+    last of these events or, before the first, of the folder's last change, `since` that at which `state` began (0.0
+    where unknown); `message` says how it ended or why it waits, `process` is the pid of the one that works on it.
     """
 
     run: RunFolder

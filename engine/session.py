@@ -19,11 +19,9 @@ from lorasmith.engine.commands import Command
 from lorasmith.engine.config import RunConfig
 from lorasmith.engine.control import ControlServer
 from lorasmith.engine.end_notice import run_on_finish
-from lorasmith.engine.errors import EXIT_STOPPED, StorageError
+from lorasmith.engine.errors import StorageError
 from lorasmith.engine.events import (
-    CheckpointSaved,
     Event,
-    ExportDone,
     HardwareSampled,
     Logged,
     Parked,
@@ -35,12 +33,11 @@ from lorasmith.engine.events import (
 )
 from lorasmith.engine.hardware import Sampler, resolve_device
 from lorasmith.engine.journal import Journal
-from lorasmith.engine.run_failure import describe_failure
+from lorasmith.engine.run_failure import describe_failure, describe_wordless_end
 from lorasmith.engine.run_folder import RunFolder, create_run, open_run
 from lorasmith.engine.run_lock import RunLock, lock_holder
 from lorasmith.engine.run_log import RunLog, plain_text, quiet_libraries
 from lorasmith.engine.run_summary import RunSummary, list_runs, summarize_run
-from lorasmith.engine.sudden_end import describe_sudden_end
 from lorasmith.engine.sudden_end import describe_sudden_end
 from lorasmith.engine.watchdog import Watchdog
 
@@ -86,7 +83,6 @@ class Session:
         self._commands: SimpleQueue[Command] = SimpleQueue()
         self._emitting = threading.Lock()
         self._told_problem = ""
-        self._before = ""
         self._before = ""
         self._ended = False
         self._step = 0
@@ -206,15 +202,22 @@ class Session:
             if not isinstance(event, HardwareSampled):
                 logger.warning("after the end: %s", event)
             return
+        if isinstance(event, RunEnded):
+            self._tell_before()
         self._ended = isinstance(event, RunEnded)
         resumed = event.resumed_from if isinstance(event, RunStarted) else self._step
         self._step = getattr(event, "step", resumed)
         written = self._journal.append(event)
         self._show(event)
-        if self._before and isinstance(event, RunStarted):
-            text, self._before = self._before, ""
-            self._record(Logged(severity="warning", message=text))
+        if isinstance(event, RunStarted):
+            self._tell_before()
         self._tell_problem(written)
+
+    def _tell_before(self) -> None:
+        """Say once how the last start ended that could not: below RunStarted, or before an end that comes sooner."""
+        text, self._before = self._before, ""
+        if text:
+            self._record(Logged(severity="warning", message=text))
 
     def _show(self, event: Event) -> None:
         if len(self._waiting) == MAX_WAITING_EVENTS:
@@ -288,24 +291,7 @@ class Session:
             logger.exception("the run failed")
             self.emit(describe_failure(error, self._step))
         if not self._ended:
-            self.emit(self._end_in_words())
-
-    def _end_in_words(self) -> RunEnded:
-        """Say how a training ended that returned without a word; only a proved export counts as finished."""
-        if ExportDone in self.latest:
-            return RunEnded(outcome="finished", step=self._step, message="Training finished.")
-        if CheckpointSaved in self.latest:
-            return RunEnded(
-                outcome="stopped", step=self._step, message="Stopped; the run can be resumed.", exit_code=EXIT_STOPPED
-            )
-        return RunEnded(
-            outcome="failed",
-            step=self._step,
-            message="Training ended without a result.",
-            why="It wrote neither a LoRA nor a checkpoint.",
-            fix=f"Report it with {self.run.log}.",
-            exit_code=1,
-        )
+            self.emit(describe_wordless_end(self.latest, self._step, self.run.log))
 
 
 def _open_log(run: RunFolder) -> RunLog:
