@@ -107,18 +107,22 @@ def prune_checkpoints(folder: Path, keep: int) -> list[Path]:
 
     Raises StorageError where the disk refuses it; every checkpoint is then there as a whole or not at all.
     """
+    removed: dict[Path, Path] = {}
     try:
         intact = [path for path in step_folders(folder) if damage(path) is None]
-        removed = intact[: max(0, len(intact) - keep)]
-        doomed = [path.rename(folder / f".removing-{path.name}-{secrets.token_hex(4)}") for path in removed]
+        for path in intact[: max(0, len(intact) - keep)]:
+            removed[path] = path.rename(folder / f".removing-{path.name}-{secrets.token_hex(4)}")
         if removed:
             # Renamed first and synced, so that no crash leaves a half checkpoint under a real name.
             fsync_folder(folder)
     except (OSError, StorageError) as error:
-        raise _cannot_remove(folder, as_os_error(error)) from error
-    for path in doomed:
-        _remove(path)
-    return removed
+        why = as_os_error(error)
+        refused = read_error(folder, why)
+        raise StorageError(f"Old checkpoints in {folder} cannot be removed.", why=refused.why, fix=refused.fix) from why
+    finally:
+        for doomed in removed.values():
+            _remove(doomed)
+    return list(removed)
 
 
 def damage(path: Path) -> str | None:
@@ -195,11 +199,6 @@ def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     # Bytes and not numbers: NaN differs from itself, and 0.0 equals -0.0.
     first, second = (t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other.cpu()))
     return torch.equal(first, second)
-
-
-def _cannot_remove(folder: Path, error: OSError) -> StorageError:
-    refused = read_error(folder, error)
-    return StorageError(f"Old checkpoints in {folder} cannot be removed.", why=refused.why, fix=refused.fix)
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -19,6 +19,8 @@
 
 `plausible` counts and fails only calls that can meet that error in earnest (EMFILE: what opens a file; ENOSPC: what
 takes space; EROFS and EACCES: what changes something). `reads=True` also counts stat, read, mmap and directory reads.
+`with fault.armed(folder, Spoil.error(...)):` spoils in another way than the run was asked for, as often as you like:
+one child can try every error, and a run costs only what the scenario costs. `fault.count` is then the number of calls.
 After the `with` block nothing is spoilt any more, so a scenario may go on and show that all is well again; an error
 that leaves the block leaves the scenario, unless it catches it. Arguments and results travel as JSON (paths as text).
 
@@ -111,19 +113,24 @@ class Fault:
         self._library = library
         self._spoil = spoil
         self._log = log
+        self.count = 0
+        """Calls counted in the last `armed` block."""
 
     @contextlib.contextmanager
-    def armed(self, folder: Path | str) -> Iterator[None]:
-        """Count, and spoil, the calls that concern `folder` or what is below it."""
+    def armed(self, folder: Path | str, spoil: Spoil | None = None) -> Iterator[None]:
+        """Count, and spoil, the calls that concern `folder` or what is below it.
+
+        With a `spoil` of its own instead of that of the run, one child can go through hundreds of errors.
+        """
         _install(self._library)
-        spoil = self._spoil
+        spoil = spoil or self._spoil
         root = os.path.realpath(folder).encode()
         numbers = (spoil.errno, spoil.forever, spoil.plausible, spoil.reads)
         self._library.fault_arm(root, spoil.action, ctypes.c_long(spoil.at), *map(int, numbers), self._log)
         try:
             yield
         finally:
-            self._library.fault_disarm()
+            self.count = self._library.fault_disarm()
 
 
 Scenario = Callable[..., Any]
@@ -224,8 +231,9 @@ def _compiler() -> str | None:
     return shutil.which("gcc") or shutil.which("cc")
 
 
+@functools.cache
 def _install(library: ctypes.CDLL) -> None:
-    """Filter the calls of all code that is mapped now, except the shim's own."""
+    """Filter the calls of all code that is mapped now, except the shim's own; once in a process."""
     begins, ends = [], []
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, rights, *rest = line.split(None, 5)
