@@ -97,6 +97,7 @@ class QueueWorker:
         self._say = say
         self._command = command
         self._working: dict[int, _Working] = {}
+        self._over: set[Entry] = set()
         self._asked_to_stop = 0
 
     def stop(self) -> None:
@@ -143,7 +144,8 @@ class QueueWorker:
         """Return the entries that wait, in order; those that somebody else trains are taken note of."""
         waiting = []
         for entry in self._queue.entries():
-            if entry.number in self._working:
+            # A long journal takes a moment to read, which must not be spent twice a second on what is over.
+            if entry.number in self._working or entry in self._over:
                 continue
             state = entry_state(entry)
             if state.status == "running":
@@ -151,6 +153,8 @@ class QueueWorker:
                 self._say(f"{entry.number}  {entry.folder.name} is being trained already; it is waited for.")
             elif state.status == "waiting":
                 waiting.append((entry, state))
+            else:
+                self._over.add(entry)
         return waiting
 
     def _busy(self) -> set[str]:

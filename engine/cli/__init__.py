@@ -22,11 +22,12 @@ from lorasmith.engine.cli.caption_edit import tags as _tags
 from lorasmith.engine.cli.caption_edit import write as _write
 from lorasmith.engine.cli.check import check as _check
 from lorasmith.engine.cli.export import export as _export
+from lorasmith.engine.cli.inspect import inspect as _inspect
 from lorasmith.engine.cli.output import fail, make_streams_safe, write_crash_log
 from lorasmith.engine.cli.plan import doctor as _doctor
 from lorasmith.engine.cli.plan import plan as _plan
-from lorasmith.engine.cli.runs import inspect as _inspect
-from lorasmith.engine.cli.runs import runs as _runs
+from lorasmith.engine.cli.queue import queue_app
+from lorasmith.engine.cli.runs import runs_app
 from lorasmith.engine.cli.train import NEWEST
 from lorasmith.engine.cli.train import demo as _demo
 from lorasmith.engine.cli.train import train as _train
@@ -49,11 +50,13 @@ app = typer.Typer(
 )
 
 
-for _command in (_train, _demo, _attach, _check, _plan, _doctor, _runs, _inspect, _export):
+for _command in (_train, _demo, _attach, _check, _plan, _doctor, _inspect, _export):
     app.command()(_command)
 for _caption_command in (_edit, _tags, _write, _restore):
     caption_app.command()(_caption_command)
 app.add_typer(caption_app, name="caption")
+app.add_typer(runs_app, name="runs")
+app.add_typer(queue_app, name="queue")
 
 
 def _show_version(wanted: bool) -> None:
