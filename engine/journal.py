@@ -29,6 +29,8 @@ from lorasmith.engine.storage import is_disk_full
 HEADER = "JournalHeader"
 SYNC_SECONDS = 1.0
 _sync_data = getattr(os, "fdatasync", os.fsync)  # macOS lacks the former
+RUN_PARTS = frozenset({"checkpoints", "previews", "export"})
+"""The folders in a run folder whose files events name."""
 NUMBER_FIELDS = {"float", "float | None", "list[float]"}
 
 
@@ -191,11 +193,10 @@ class Follower:
         except OSError as error:
             raise _unreadable(self.path, error) from None
         complete = data[: data.rfind(b"\n") + 1]
-        first = self.position == 0
-        self.position += len(complete)
         lines = complete.splitlines(keepends=True)
-        if first and lines:
+        if self.position == 0 and lines:
             _check_schema(_header(lines[0]), self.path)
+        self.position += len(complete)
         return lines
 
 
@@ -240,11 +241,21 @@ def decode(line: bytes, path: Path, number: int | None = None) -> Event | None:
         if b'NaN"' in line or b'Infinity"' in line:
             for name in _number_fields(kind).intersection(record):
                 record[name] = _to_number(record[name])
+        if isinstance(record.get("path"), str):
+            record["path"] = _where_now(record["path"], path.parent)
         return events.from_record(record)
     except (ValueError, TypeError, KeyError) as error:
         where = f"line {number}" if number else "a line"
         message = f"{path.name}: {where} is damaged and was left out ({type(error).__name__})."
         return Logged(severity="warning", message=message, time=0.0)
+
+
+def _where_now(written: str, folder: Path) -> str:
+    """Return the path of a run's file as it is since the run folder was renamed or moved to `folder`."""
+    *_, part, name = ("", "", *written.split("/"))
+    if part not in RUN_PARTS or written.startswith(f"{folder}/"):
+        return written
+    return f"{folder}/{part}/{name}"
 
 
 def _dump(record: dict[str, Any]) -> bytes:

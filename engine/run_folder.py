@@ -14,10 +14,12 @@ from typing import Any
 
 from lorasmith.engine.dataset.overlay import append_edits, read_overlay
 from lorasmith.engine.errors import ConfigError, StorageError
-from lorasmith.engine.run_file import ResolvedConfig, load_run_file, resolve_config, to_toml
+from lorasmith.engine.run_file import ResolvedConfig, flatten, load_run_file, resolve_config, to_toml, update_toml
 from lorasmith.engine.storage import atomic_write, is_disk_full
 
 MAX_NAME_BYTES = 150
+REMOVING = ".removing-"
+"""How the name of a run begins that is being deleted: it is a run no more."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,7 @@ def open_run(path: Path) -> RunFolder:
         why = "It has no run.toml." if folder.is_dir() else "There is no such folder."
         raise ConfigError(f"{folder} is not a run folder.", why=why, fix="`lorasmith runs` lists the runs.")
     run = RunFolder(folder)
+    _find_moved_overlay(run)
     try:
         for part in (run.checkpoints, run.previews, run.export):
             part.mkdir(mode=0o700, exist_ok=True)
@@ -167,6 +170,30 @@ def open_run(path: Path) -> RunFolder:
         # A run on a read-only disk can still be looked at; whoever writes there is told by the write itself.
         pass
     return run
+
+
+def is_run(folder: Path) -> bool:
+    """Tell whether `folder` is a run: it has settings, and nobody has begun to delete it."""
+    return not folder.name.startswith(REMOVING) and (folder / "run.toml").is_file()
+
+
+def _find_moved_overlay(run: RunFolder) -> None:
+    """Correct the path of the run's own edited captions where its folder was moved or renamed since.
+
+    Without, a resumed run would find no edits there and train other captions.
+    """
+    if not run.overlay.is_file():
+        return
+    try:
+        stored = flatten(load_run_file(run.run_file).values).get("dataset.overlay", "")
+        moved = isinstance(stored, str) and Path(stored).name == run.overlay.name and not Path(stored).exists()
+        if moved:
+            text = update_toml(run.run_file.read_text("utf-8"), {"dataset.overlay": str(run.overlay)})
+            atomic_write(run.run_file, text.encode())
+            run.run_file.chmod(0o600)
+    except (OSError, ConfigError, StorageError):
+        # Damaged settings, or a disk that is only read: whoever starts the run is told by the settings themselves.
+        pass
 
 
 def file_name(name: str) -> str:

@@ -25,7 +25,7 @@ from lorasmith.engine.events import (
     StepsDone,
 )
 from lorasmith.engine.journal import replay
-from lorasmith.engine.run_folder import RunFolder
+from lorasmith.engine.run_folder import RunFolder, is_run
 from lorasmith.engine.run_lock import lock_holder
 
 State = Literal[
@@ -111,7 +111,7 @@ def summarize_run(run: RunFolder) -> RunSummary:
 def list_runs(output_folder: Path) -> list[RunSummary]:
     """Return the runs in `output_folder`, the last changed first; an absent or unreadable folder has none."""
     try:
-        folders = [path for path in output_folder.expanduser().absolute().iterdir() if (path / "run.toml").is_file()]
+        folders = [path for path in output_folder.expanduser().absolute().iterdir() if is_run(path)]
     except OSError:
         return []
     return sorted((summarize_run(RunFolder(path)) for path in folders), key=lambda run: run.changed, reverse=True)

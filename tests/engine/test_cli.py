@@ -210,7 +210,7 @@ def test_runs_of_an_empty_folder_says_so(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_runs_lists_state_and_files(trained: TinyRun, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", str(trained.output)]) == 0
-    assert re.search(r"tiny-\d{8}-\d{6}  finished  tiny\.safetensors", capsys.readouterr().out)
+    assert re.search(r"tiny-\d{8}-\d{6}  finished  [\d.]+ [KM]iB  tiny\.safetensors", capsys.readouterr().out)
     assert main(["runs", str(trained.output), "--json"]) == 0
     (run,) = json.loads(capsys.readouterr().out)
     assert (run["state"], run["step"], run["checkpoint_step"]) == ("finished", 4, 4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from lorasmith.engine.journal import Journal, replay
@@ -15,21 +15,21 @@ from tests.faults.fault_server import FaultServer, Outcome, Spoil
 from tests.tiny import tiny_pictures
 
 Record = Callable[[int, str, str], None]
+SAMPLE = 24
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EACCES, errno.EMFILE)
 
 
-def spoils(whole: Outcome, campaign: bool, stride: int = 4) -> Iterator[Spoil]:
-    """Yield every fault of a scenario: errors once and for ever, short writes, kills; a sample without `campaign`."""
+def spoils(whole: Outcome, campaign: bool, most: int = 700) -> list[Spoil]:
+    """Return the faults of a scenario: errors once and for ever, short writes, kills; a sample without `campaign`."""
     kinds: list[Callable[[int], Spoil]] = [Spoil.short, Spoil.kill]
     for number in ERRORS:
         kinds.append(lambda at, number=number: Spoil.error(at, number, plausible=number != errno.EIO))
         kinds.append(lambda at, number=number: Spoil.error(at, number, forever=True, plausible=number != errno.EIO))
-    index = 0
-    for at in range(1, whole.count + 1):
-        for kind in kinds:
-            index += 1
-            if campaign or index % (len(kinds) * stride) % (stride + 1) == 0:
-                yield kind(at)
+    every = [kind(at) for at in range(1, whole.count + 1) for kind in kinds]
+    limit = most if campaign else SAMPLE
+    # A step that shares no factor with the number of kinds meets them all.
+    step = next(step for step in range(1, len(every) + 2) if step % 2 and step % 3 and len(every) / step <= limit)
+    return every[::step]
 
 
 class Tally:
@@ -130,7 +130,7 @@ def test_a_preview_sheet_is_the_old_or_the_new_one(
     new = (previews / "sheet.png").read_bytes()
     assert old != new
     tally = Tally()
-    for spoil in spoils(whole, campaign, stride=3):
+    for spoil in spoils(whole, campaign):
         (previews / "sheet.png").write_bytes(old)
         outcome = faults.run(scenarios.write_sheet, str(previews), 200, spoil=spoil)
         tally.add(outcome)
@@ -155,7 +155,7 @@ def test_an_overlay_keeps_every_earlier_edit(
     whole = faults.run(scenarios.edit_captions, str(counted), 2)
     assert whole.value == ["written", "", *earlier, *later]
     tally = Tally()
-    for number, spoil in enumerate(spoils(whole, campaign, stride=3)):
+    for number, spoil in enumerate(spoils(whole, campaign)):
         folder = shutil.copytree(first, tmp_path / str(number))
         outcome = faults.run(scenarios.edit_captions, str(folder), 2, spoil=spoil)
         tally.add(outcome)
@@ -178,7 +178,7 @@ def test_a_cache_that_cannot_be_written_never_ends_a_run(
     whole = faults.run(scenarios.cache_tensor, str(tmp_path / "whole"), 3.0)
     assert whole.value == {"loaded": 3.0, "again": 3.0}
     tally = Tally()
-    for number, spoil in enumerate(spoils(whole, campaign, stride=3)):
+    for number, spoil in enumerate(spoils(whole, campaign)):
         folder = tmp_path / str(number)
         outcome = faults.run(scenarios.cache_tensor, str(folder), 3.0, spoil=spoil)
         tally.add(outcome)
@@ -222,7 +222,7 @@ def test_an_export_is_the_old_file_or_the_proved_new_one(
     whole = faults.run(scenarios.write_export, *arguments, 200)
     assert scenarios.steps_of_export(file) == 200
     tally = Tally()
-    for spoil in spoils(whole, campaign, stride=3):
+    for spoil in spoils(whole, campaign):
         file.write_bytes(old)
         outcome = faults.run(scenarios.write_export, *arguments, 200, spoil=spoil)
         tally.add(outcome)
@@ -240,7 +240,7 @@ def test_the_probe_of_a_folder_leaves_nothing(
 ) -> None:
     whole = faults.run(scenarios.probe, str(tmp_path / "whole"))
     tally = Tally()
-    for number, spoil in enumerate(spoils(whole, campaign, stride=3)):
+    for number, spoil in enumerate(spoils(whole, campaign)):
         folder = tmp_path / str(number)
         folder.mkdir()
         outcome = faults.run(scenarios.probe, str(folder), spoil=spoil)
