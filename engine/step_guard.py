@@ -110,20 +110,20 @@ class _Kept:
         self.state = state
         self.tensors = {key: value.clone() for key, value in state.items() if isinstance(value, Tensor)}
         self.values = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+        self.is_new = not state
 
     def put_back_tensors(self, bad: Tensor) -> None:
-        """Put the tensors back where `bad` () is true; one that the step made begins at zero, as optimizers do."""
-        for key, value in self.state.items():
-            if isinstance(value, Tensor):
-                old = self.tensors.get(key)
-                value.copy_(torch.where(bad, torch.zeros_like(value) if old is None else old, value))
+        """Put the tensors back where `bad` () is true."""
+        for key, old in self.tensors.items():
+            value = self.state[key]
+            value.copy_(torch.where(bad, old, value))
         self.tensors = {}
 
     def put_back_values(self) -> None:
-        """Put the plain values back; what was no tensor before the step and is one now stays."""
-        for key, value in self.values.items():
-            if not isinstance(self.state.get(key), Tensor):
-                self.state[key] = value
+        """Put the plain values back; a state that the step began is forgotten, so that the next step begins it."""
+        if self.is_new:
+            self.state.clear()
+        self.state.update(self.values)
 
 
 class _Unsure:
@@ -146,8 +146,10 @@ class _Unsure:
         return bool(self._flag)
 
     def put_back(self, optimizer: Optimizer) -> None:
-        """Put the plain values back."""
+        """Put the plain values back, and take away those that the step began to count."""
         for group, values in zip(optimizer.param_groups, self._groups, strict=True):
+            for key in _plain(group).keys() - values.keys():
+                del group[key]
             group.update(values)
         for kept in self._states:
             kept.put_back_values()

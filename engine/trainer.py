@@ -75,11 +75,7 @@ def train(run: RunPaths, config: RunConfig, host: Host) -> None:
             training = Training(TrainingParts(run, config, host, controls, learner, material, rungs))
             training.resume(checkpoint)
             freeze_garbage()
-            try:
-                if training.run_steps():
-                    finish(training.parts, training.saver)
-            except NotFiniteError as error:
-                give_up(training.parts, training.saver, error)
+            training.run()
 
 
 class Training:
@@ -102,6 +98,14 @@ class Training:
             )
         take_over(self.parts, checkpoint)
         self.saver.saved_step = checkpoint.step
+
+    def run(self) -> None:
+        """Train and finish, or end at the user's stop; raises TrainingError where numbers are none any more."""
+        try:
+            if self.run_steps():
+                finish(self.parts, self.saver)
+        except NotFiniteError as error:
+            give_up(self.parts, self.saver, error)
 
     def run_steps(self) -> bool:
         """Train to the last step and return True, or False after the user's stop with a checkpoint saved."""
