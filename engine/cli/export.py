@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorasmith.engine.cli.output import say, say_json
-from lorasmith.engine.errors import CheckpointError, LorasmithError
+from lorasmith.engine.errors import CheckpointError, ConfigError, LorasmithError
 from lorasmith.engine.run_file import Layer, flatten, resolve_config
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ def export(
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where to write. Else the run's export folder.")
     ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="The last step's weights, where the run averages them (train.ema_decay).")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Write the LoRA of a checkpoint, prove it by loading it, and say where it is."""
@@ -39,7 +42,7 @@ def export(
     changes = ({"layouts": layout} if layout else {}) | ({"precision": precision} if precision else {})
     stored = Layer("checkpoint", flatten(checkpoint.state["config"]))
     config = resolve_config([stored, Layer("command line", {"export": changes})]).config
-    results = _write(run, checkpoint, config, output or run.export)
+    results = _write(run, checkpoint, config, output or run.export, raw=raw)
     if as_json:
         say_json([{"step": checkpoint.step, "path": str(r.path), "layout": r.layout, "keys": r.keys} for r in results])
         return
@@ -66,7 +69,7 @@ def _find(run: RunFolder, step: int | None) -> Checkpoint:
     return checkpoint
 
 
-def _write(run: RunFolder, checkpoint: Checkpoint, config: RunConfig, folder: Path) -> list[ExportResult]:
+def _write(run: RunFolder, checkpoint: Checkpoint, config: RunConfig, folder: Path, *, raw: bool) -> list[ExportResult]:
     import torch
 
     from lorasmith.engine.adapters import attach_adapter
@@ -78,12 +81,26 @@ def _write(run: RunFolder, checkpoint: Checkpoint, config: RunConfig, folder: Pa
     module, identity = identify_base(files, config.base.family)
     family = module.load(files, identity, torch.device("cpu"), torch.float32)
     adapter = attach_adapter(family, config.adapter, config.run.seed)
-    adapter.load_state_dict(checkpoint.tensors("adapter"))
+    averaged = "ema" in checkpoint.groups and not raw
+    adapter.load_state_dict(checkpoint.tensors("ema" if averaged else "adapter"))
     adapter.train(False)
-    # An earlier step must not take the place of the finished LoRA.
-    name = config.run.name if checkpoint.step == config.train.steps else f"{config.run.name}-step-{checkpoint.step:06d}"
+    # Neither an earlier step, nor other weights, must take the place of the finished LoRA.
+    name = config.run.name
+    if checkpoint.step != _planned_steps(run, config):
+        name += f"-step-{checkpoint.step:06d}"
+    if "ema" in checkpoint.groups and raw:
+        name += "-raw"
     metadata = build_metadata(config, identity, _facts(config, module.SPEC.pixel_multiple), step=checkpoint.step)
     return export_lora(family, adapter, config, folder, name, metadata, checkpoint.step)
+
+
+def _planned_steps(run: RunFolder, config: RunConfig) -> int:
+    """Return the steps of the whole run, which may have been extended since the checkpoint of `config`."""
+    try:
+        return run.load_config().config.train.steps
+    except ConfigError:
+        # Exporting needs no run file: the checkpoint has its own settings.
+        return config.train.steps
 
 
 def _facts(config: RunConfig, pixel_multiple: int) -> DatasetFacts:

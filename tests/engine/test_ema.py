@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lorasmith.engine.checkpoints import load_checkpoint
+from lorasmith.engine.cli import main
 from lorasmith.engine.commands import Command
 from lorasmith.engine.ema import WeightAverage, decay_at
 from lorasmith.engine.events import RunEnded
@@ -107,11 +108,18 @@ def test_the_checkpoint_keeps_raw_and_averaged_weights_and_the_export_holds_the_
     raw, averaged = checkpoint.tensors("adapter"), checkpoint.tensors("ema")
     assert raw.keys() == averaged.keys()
     assert not all(torch.equal(raw[key], averaged[key]) for key in raw)
-    exported = load_file(next(run.export.glob("*.safetensors")))
-    downs = {key.removeprefix("unet."): value for key, value in exported.items() if key.endswith("lora_A.weight")}
+    assert_holds(next(run.export.glob("*.safetensors")), averaged)
+    # The same from the command line, where the raw ones can be asked for; they get a name of their own.
+    for arguments, name, weights in ((), "tiny-diffusers", averaged), (("--raw",), "tiny-raw-diffusers", raw):
+        assert main(["export", str(run.path), "--output", str(tmp_path / "again"), *arguments]) == 0
+        assert_holds(tmp_path / "again" / f"{name}.safetensors", weights)
+
+
+def assert_holds(path: Path, weights: dict[str, torch.Tensor]) -> None:
+    downs = {key: value for key, value in load_file(path).items() if key.endswith("lora_A.weight")}
     assert downs
     for key, value in downs.items():
-        assert torch.equal(value, averaged[f"denoiser.{key}"])
+        assert torch.equal(value, weights[f"denoiser.{key.removeprefix('unet.')}"])
 
 
 def test_previews_are_drawn_with_the_averaged_weights(
