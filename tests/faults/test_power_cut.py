@@ -20,11 +20,7 @@ from lorasmith.engine.checkpoints import prune_checkpoints
 from lorasmith.engine.run_file import Layer, resolve_config
 from lorasmith.engine.run_folder import create_run
 from lorasmith.engine.storage import atomic_write
-from tests.faults.checkpoint_scenarios import (
-    hidden,
-    newest,
-    save_step,
-)
+from tests.faults.checkpoint_scenarios import hidden, newest, save, save_step
 from tests.faults.fault_server import FaultServer, Spoil
 
 Record = Callable[[int, str, str], None]
