@@ -25,6 +25,7 @@ Place = Literal[
     "bulk",
     "tags",
     "captioner",
+    "runs",
 ]
 
 
@@ -55,6 +56,7 @@ ACTIONS: tuple[UserAction, ...] = (
     ),
     UserAction("steps", "page", "s", "focus_steps", "Step list", "Move to the list of steps, to visit any of them."),
     UserAction("step-number", "page", "1,2,3,4,5,6", "step", "Go to step", "Go to the step of that number."),
+    UserAction("runs", "page", "f7", "runs", "Runs", "List earlier runs: resume, watch, extend, rename, delete."),
     UserAction("page-down", "page", "pagedown", "scroll_body(1)", "Scroll down", "Show what follows on the page."),
     UserAction("page-up", "page", "pageup", "scroll_body(-1)", "Scroll up", "Show what stands above on the page."),
     UserAction("findings", "dataset", "f", "findings", "Findings", "Show what was found, with the pictures.", True),
@@ -102,6 +104,13 @@ ACTIONS: tuple[UserAction, ...] = (
     UserAction("tag-rename", "tags", "r", "rename", "Rename", "Give this tag another name in all captions.", True),
     UserAction("captioner-start", "captioner", "ctrl+s", "start", "Start", "Write captions with this model.", True),
     UserAction("captioner-stop", "captioner", "x", "stop", "Stop", "Stop after this picture; all written stay.", True),
+    UserAction("run-open", "runs", "enter", "open", "Resume or watch", "Go on with the run, or watch it.", True),
+    UserAction("run-extend", "runs", "e", "extend", "Extend", "Plan more steps; says first what changes.", True),
+    UserAction("run-rename", "runs", "n", "rename", "Rename", "Give the run another name.", True),
+    UserAction("run-delete", "runs", "d", "delete", "Delete", "Delete the run for ever; asks first.", True),
+    UserAction("run-reload", "runs", "r", "reload", "Look again", "Look at the runs again.", True),
+    UserAction("runs-back", "runs", "escape,f7", "back", "Back", "Go back to the page.", True),
+    UserAction("runs-help", "runs", "f1,question_mark", "help", "Help", "Explain this and list the keys.", True),
 )
 
 

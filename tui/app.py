@@ -31,6 +31,7 @@ from lorasmith.tui.theme import THEME, limited_colors
 if TYPE_CHECKING:
     from lorasmith.engine.dataset.findings import Action
     from lorasmith.engine.run_file import ResolvedConfig
+    from lorasmith.engine.run_folder import RunFolder
 
 WARM_UP_AFTER_SECONDS = 0.8
 
@@ -268,6 +269,28 @@ class LorasmithApp(App[int]):
     def _start_probe(self, resolved: ResolvedConfig, tell: Callable[..., None]) -> tuple[Any, ResolvedConfig]:
         # Kept from this thread on: whoever leaves now must still find the run.
         self.session = self.probes.start(resolved, tell)
+        return self.session, resolved
+
+    def output_folder(self) -> str:
+        """Return the folder of the runs, as the draft has it."""
+        # Asked by the first page, before settings are loaded; no preset and no advice names another folder.
+        return str(self.draft.answers.get("run.output_folder") or "runs")
+
+    def look_at_runs(self, *, again: bool = False) -> Look:
+        """List the runs of the output folder, in a thread."""
+        if again:
+            self.known.looks.pop("runs", None)
+        folder = self.output_folder()
+        return self.known.look("runs", (folder,), partial(self.probes.runs, folder))
+
+    def resume(self, run: RunFolder) -> Look:
+        """Go on with an earlier run; the monitor follows."""
+        self.save_draft_now()
+        self.known.looks.pop("start", None)
+        return self.known.look("start", (run.path,), partial(self._resume_probe, run))
+
+    def _resume_probe(self, run: RunFolder, tell: Callable[..., None]) -> tuple[Any, ResolvedConfig]:
+        self.session, resolved = self.probes.resume(run, tell)
         return self.session, resolved
 
     def _started(self, look: Look) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine.errors import ConfigError, LorasmithError
 from lorasmith.tui.checks import Checked, find_checks
+from lorasmith.tui.run_jobs import FoundRun, find_runs, resume_session
 
 if TYPE_CHECKING:
     from lorasmith.engine.advisor import Advice
@@ -231,4 +232,6 @@ class Probes:
     checks: Callable[..., Checked] = find_checks
     tokenizers: Callable[..., list[Any]] = find_tokenizers
     start: Callable[..., Any] = start_session
+    runs: Callable[..., list[FoundRun]] = find_runs
+    resume: Callable[..., tuple[Any, Any]] = resume_session
     plan: Callable[..., Plan] = find_plan

@@ -10,12 +10,15 @@ from textual.app import ComposeResult
 from textual.widgets import OptionList, Static
 
 from lorasmith.tui.forms import Status, told
+from lorasmith.tui.run_jobs import newest_interrupted
 from lorasmith.tui.screens.page import WizardPage
 from lorasmith.tui.text import safe_str
 
 if TYPE_CHECKING:
     from lorasmith.engine.hardware import Gpu, HardwareSnapshot
     from lorasmith.tui.draft import Draft
+
+RUNS_AFTER_SECONDS = 0.3
 
 
 class HardwarePage(WizardPage):
@@ -32,6 +35,7 @@ class HardwarePage(WizardPage):
     def compose_body(self) -> ComposeResult:
         """The machine, then the draft's offer."""
         yield Status(id="machine")
+        yield Status(id="interrupted", classes="gap")
         if self.wizard.offer is not None:
             draft, age = self.wizard.offer
             yield Static("There is a draft from the last time:", classes="gap", markup=False)
@@ -43,8 +47,14 @@ class HardwarePage(WizardPage):
                 markup=False,
             )
 
+    def on_mount(self) -> None:
+        """Fill the page; when it stands, look whether an earlier run waits to be resumed."""
+        super().on_mount()
+        self.call_after_refresh(self.set_timer, RUNS_AFTER_SECONDS, self.wizard.look_at_runs)
+
     def refresh_page(self) -> None:
         """Show the snapshot, or how long it takes."""
+        self._show_interrupted()
         look = self.wizard.known.looks.get("hardware")
         machine = self.query_one("#machine", Status)
         if look is None or not look.done:
@@ -58,6 +68,15 @@ class HardwarePage(WizardPage):
             if self.wizard.draft.is_demo
             else "Press Enter."
         )
+
+    def _show_interrupted(self) -> None:
+        """Offer to resume the run that was interrupted last."""
+        look = self.wizard.known.looks.get("runs")
+        found = newest_interrupted(look.value or []) if look is not None and look.done else None
+        if found is not None:
+            words = Text(f"{safe_str(found.run.name)}: {found.summary.describe()}", "bold")
+            words.append(". Resume it? F7 lists the runs.", "not bold")
+            self.query_one("#interrupted", Status).say(words)
 
     @on(OptionList.OptionSelected, "#offer")
     def _offer_taken(self, event: OptionList.OptionSelected) -> None:

@@ -173,6 +173,13 @@ class WizardPage(Screen[None]):
         """Move to the list of steps."""
         self.query_one(StepList).focus()
 
+    def action_runs(self) -> None:
+        """List the earlier runs."""
+        from lorasmith.tui.screens.runs import RunsScreen
+
+        self.take_typed()
+        self.app.push_screen(RunsScreen())
+
     def action_help(self) -> None:
         """Explain the focused widget."""
         from lorasmith.tui.screens.help import HelpScreen
