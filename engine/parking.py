@@ -94,10 +94,10 @@ def park(parts: TrainingParts) -> float:
 
     Raises HardwareError, and moves nothing, where the host's memory has no room for it.
     """
-    device = parts.learner.family.device
-    if device.type != "cuda":
+    card = card_of(parts.learner.family.device)
+    if card is None:
         return 0.0
-    parts.parking, freed = clear(CudaCard(device), [parts.learner, parts.material])
+    parts.parking, freed = clear(card, [parts.learner, parts.material])
     return freed / GIB
 
 
@@ -108,10 +108,15 @@ def unpark(parts: TrainingParts) -> None:
     parts.parking = None
 
 
+def card_of(device: torch.device) -> Card | None:
+    """Return the card that `device` means; None for the CPU, whose memory is the host's own."""
+    return CudaCard(device) if device.type == "cuda" else None
+
+
 def clear(card: Card, roots: Iterable[object]) -> tuple[Parking, int]:
     """Move every tensor on `card` that `roots` lead to into host memory; returns them and the bytes freed."""
     parking = Parking(card, _by_storage(tensor for tensor in tensors_behind(roots) if card.holds(tensor)))
-    needed, available = parking.num_bytes, psutil.virtual_memory().available
+    needed, available = parking.num_bytes, available_bytes()
     try:
         if needed > available:
             raise MemoryError
@@ -150,6 +155,11 @@ def bring_back(parking: Parking) -> None:
         )
 
 
+def available_bytes() -> int:
+    """Return how much of the host's memory can be taken without swapping."""
+    return int(psutil.virtual_memory().available)
+
+
 def tensors_behind(roots: Iterable[object]) -> Iterator[Tensor]:
     """Yield every tensor that can be reached from `roots`, gradients included, each once.
 
@@ -165,8 +175,8 @@ def tensors_behind(roots: Iterable[object]) -> Iterator[Tensor]:
         seen[id(thing)] = thing
         if isinstance(thing, Tensor):
             yield thing
-            if thing.is_leaf and thing.grad is not None:
-                waiting.append(thing.grad)
+            # Held by torch and not by Python: gradients, and what a view is a view of.
+            waiting += [thing.grad if thing.is_leaf else None, thing._base]
         if isinstance(thing, types.FunctionType):
             waiting += [thing.__closure__, thing.__defaults__, thing.__kwdefaults__, thing.__dict__]
         else:

@@ -74,7 +74,7 @@ def _stay_parked(parts: TrainingParts, saver: Saver) -> bool:
         _say(parts, "error", str(error))
         return False
     parts.emit(Parked(step=parts.step, freed_gib=freed))
-    if parts.learner.family.device.type == "cpu":
+    if parts.parking is None:
         _say(parts, "info", "This run computes on the processor: there is no card to free, so it simply waits.")
     controls.paused = True
     while Command.STOP not in controls.wanted and not _is_back(parts):
