@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from lorasmith.tui.app import LorasmithApp
 
 READ_SECONDS, SAID_SECONDS = 0.1, 6.0
-WIDE, NAME_CELLS, STATE_CELLS = 100, 48, 31
+WIDE, NAME_CELLS, STATE_CELLS = 100, 48, 30
 T = TypeVar("T")
 
 
@@ -45,9 +46,10 @@ class RunsScreen(Screen[None]):
         "A run that another process trains is watched and commanded, not started a second time.\n\n"
         "Extending plans the learning rate's schedule anew; what comes is said before anything is changed."
     )
-    DEFAULT_CSS = """
+    # `CSS` and not `DEFAULT_CSS`: the application's rules for lists on pages must not count here.
+    CSS = """
     RunsScreen #runs-title { background: $panel; text-style: bold; padding: 0 1; height: 1; }
-    RunsScreen #runs { height: 1fr; border: none; padding: 0 1; }
+    RunsScreen #runs { height: 1fr; max-height: 100%; border: none; padding: 0 1; }
     RunsScreen #run-detail { height: 5; padding: 0 1; border-top: solid $panel; }
     RunsScreen #hint { height: 1; padding: 0 1; color: $foreground 70%; }
     """
@@ -113,7 +115,7 @@ class RunsScreen(Screen[None]):
         self._show_hint()
 
     def _show_rows(self) -> None:
-        rows, width = self.query_one(OptionList), max(40, self.size.width - 4)
+        rows, width = self.query_one(OptionList), max(40, self.size.width - 2)
         here = self.selected.run.path if self.selected else None
         at = rows.highlighted or 0
         rows.clear_options()
@@ -121,7 +123,7 @@ class RunsScreen(Screen[None]):
         paths = [found.run.path for found in self._shown]
         if paths:
             rows.highlighted = paths.index(here) if here in paths else min(at, len(paths) - 1)
-        folder = self.wizard.output_folder()
+        folder = os.path.abspath(os.path.expanduser(self.wizard.output_folder()))
         self.query_one("#runs-title", Static).update(safe_text(f"lorasmith · Runs in {folder}"))
         self._show_detail()
 
