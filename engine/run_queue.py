@@ -116,8 +116,8 @@ def journal_size(run: RunFolder) -> int:
 
 
 def state_folder() -> Path:
-    """Return where the queue lies: `lorasmith` in $XDG_STATE_HOME or what the system has in its place."""
-    return Path(platformdirs.user_state_dir("lorasmith"))
+    """Return where the queue lies, beside the wizard's drafts: $LORASMITH_STATE, else the user's state folder."""
+    return Path(os.environ.get("LORASMITH_STATE") or platformdirs.user_state_dir("lorasmith"))
 
 
 @dataclass(frozen=True)

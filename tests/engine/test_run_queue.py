@@ -34,7 +34,7 @@ def ended(outcome: str, message: str = "x") -> RunEnded:
 
 @pytest.fixture(autouse=True)
 def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("LORASMITH_STATE", str(tmp_path / "state"))
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_the_queue_is_private_and_lies_in_the_state_folder(
     assert queue.entries() == []
     assert not queue.folder.exists()
     queue.add(new_run("a"))
-    assert queue.file == tmp_path / "state" / "lorasmith" / "queue.json"
+    assert queue.file == tmp_path / "state" / "queue.json"
     assert queue.folder.stat().st_mode & 0o777 == 0o700
     assert {path.stat().st_mode & 0o777 for path in queue.folder.iterdir()} == {0o600}
 
