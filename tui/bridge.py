@@ -83,7 +83,7 @@ class AttachedRun:
 
     A thread of its own reads, asks and looks whether the process lives, so that no slow disk and no busy process holds
     the screen up. `state` is the fold of all that was journaled when the thread began, complete once `share_read` is 1.
-    `in_control` says whether commands reach the run, `problem` in words why something went wrong, "" while all is well.
+    `in_control` says whether commands reach the run.
     """
 
     def __init__(self, run: RunFolder, *, read_only: bool = False) -> None:
@@ -93,7 +93,7 @@ class AttachedRun:
         self.state = RunState()
         self.share_read = 0.0
         self.in_control = False
-        self.problem = ""
+        self._unread = self._unreachable = ""
         self._over = False
         self._watch = RunWatch(run)
         self._new: deque[Event] = deque()
@@ -107,6 +107,11 @@ class AttachedRun:
     def close(self) -> None:
         """End the thread at its next turn; the run is not touched."""
         self._commands.put(None)
+
+    @property
+    def problem(self) -> str:
+        """What went wrong with reading or commanding the run, in words; "" while all is well."""
+        return self._unread or self._unreachable
 
     @property
     def alive(self) -> bool:
@@ -147,7 +152,7 @@ class AttachedRun:
                     self.state = reduce(self.state, event)
                 self.share_read = min(share, 0.99)
         except StorageError as error:
-            self.problem = str(error)
+            self._unread = str(error)
         self.share_read = 1.0
         looked = 0.0
         while True:
@@ -167,8 +172,9 @@ class AttachedRun:
     def _read(self, read: Callable[[], list[Event]]) -> None:
         try:
             self._new.extend(read())
+            self._unread = ""
         except StorageError as error:
-            self.problem = str(error)
+            self._unread = str(error)
         # Only now: who sees the end must find its last events waiting.
         self._over = self._watch.over
 
@@ -182,12 +188,12 @@ class AttachedRun:
     def _ask(self, request: str) -> None:
         try:
             ask(self.run, {"request": str(request)})
-            self.in_control, self.problem = True, ""
+            self.in_control, self._unreachable = True, ""
         except ConfigError:
             # Nobody works on the run any more; the next look tells so.
             self.in_control = False
         except StorageError as error:
-            self.in_control, self.problem = False, f"Not in control: {error}"
+            self.in_control, self._unreachable = False, f"Not in control: {error}"
 
 
 class Bridge:

@@ -77,7 +77,7 @@ class SignalHandlers:
         self._get_session = get_session
         self._terminal = terminal
         self.stopping = Stopping()
-        self.hung_up = False
+        self.hung_up = self.screen_lost = False
 
     def install(self) -> None:
         """Handle signals from now on, beyond the end of the screen; once more after it, which takes some away."""
@@ -93,12 +93,13 @@ class SignalHandlers:
         faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
 
     def tty_lost(self) -> None:
-        """End the screen; the training goes on."""
-        self.hung_up = True
+        """End the screen, which can no longer be drawn; the training goes on."""
+        self.screen_lost = True
         self._leave_screen()
 
     def _hang_up(self, number: int, frame: FrameType | None) -> None:
-        self.tty_lost()
+        self.hung_up = True
+        self._leave_screen()
 
     def _save(self, number: int, frame: FrameType | None) -> None:
         session = self._get_session()
@@ -178,10 +179,17 @@ def _show(app: App[Any], mouse: bool) -> str:
     if error is None:
         return "" if app._exit else "it ended without a word"
     logger.error("the screen crashed", exc_info=error)
+    _end_driver(app)
     # Imported late: it is not needed before the first page is painted.
     from lorasmith.tui.text import safe_str
 
     return safe_str(f"{type(error).__name__}: {error}"[:300])
+
+
+def _end_driver(app: App[Any]) -> None:
+    """End the threads of a driver that the crash may have left at work: they would go on painting and reading keys."""
+    if isinstance(app._driver, SafeDriver):
+        app._driver.end_threads()
 
 
 def _print_to_log(text: str, stderr: bool = False) -> None:
@@ -206,6 +214,8 @@ def _tell_going_on(session: HostedRun, crash: str, terminal: Terminal, handlers:
         text = f"The screen failed ({crash}; details in {session.run.log}); training goes on without it."
     elif handlers.hung_up:
         text = "A hang-up signal came; training goes on without the screen."
+    elif handlers.screen_lost:
+        text = "The screen could no longer be drawn; training goes on without it."
     else:
         text = "Waiting for the training to end."
     text = f"{text} `lorasmith attach {path}` shows it; Ctrl-C saves a checkpoint and ends."
@@ -242,7 +252,7 @@ def _leave_behind(session: HostedRun, terminal: Terminal) -> NoReturn:
 
 def _print_event(event: Event, terminal: Terminal) -> None:
     # Imported late: numpy is not needed before the first page is painted.
-    from lorasmith.tui.event_words import describe_event
+    from lorasmith.engine.event_words import describe_event
     from lorasmith.tui.text import safe_str
 
     try:

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from lorasmith.engine import events
+from lorasmith.engine.event_words import describe_event
 from lorasmith.tui.curve import Curve, Floats
-from lorasmith.tui.event_words import describe_event
 
 __all__ = ["Curve", "Floats", "LogLine", "RunState", "reduce"]
 EventT = TypeVar("EventT", bound=events.Event)

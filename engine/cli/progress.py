@@ -12,6 +12,7 @@ from typing import TextIO
 
 from lorasmith.engine import events
 from lorasmith.engine.cli.output import visible
+from lorasmith.engine.event_words import describe_event
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -168,13 +169,22 @@ def _rare_line(event: events.Event) -> str:
         case events.ExportDone():
             return f"  LoRA ({event.layout}, {event.keys} keys proved): {event.path} ({size(event.bytes)})"
         case events.Paused():
-            return f"  paused at step {event.step}"
+            return f"  paused at step {event.step}" + (f": {event.reason}" if event.reason else "")
         case events.Resumed():
             return f"  goes on at step {event.step}"
         case events.CommandReceived():
             return f"  {event.command} at step {event.step}"
         case events.Logged():
             return f"  {event.severity}: {event.message}"
+        case (
+            events.Parked()
+            | events.NotFinite()
+            | events.RolledBack()
+            | events.MemoryReduced()
+            | events.Stalled()
+            | events.StallEnded()
+        ):
+            return f"  {describe_event(event)}"
         case _:
             return ""
 
@@ -203,6 +213,9 @@ class _Bar:
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
+            # rich would print above the bar what any library prints.
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
         self._task = self._progress.add_task("starting", total=None)
 

@@ -368,7 +368,7 @@ async def test_a_followed_run_can_be_watched_but_not_commanded(tmp_path: Path) -
 
     async with monitor(FollowedRun(Tail()), (120, 36)) as pilot:
         assert "Step 200/400" in text(pilot)
-        assert "watching another process" in text(pilot)
+        assert "watching only" in text(pilot)
         assert "p Pause" not in text(pilot)
         await pilot.press("p", "x")
         assert not isinstance(pilot.app.screen, AskScreen)

@@ -93,6 +93,10 @@ class TmuxPane:
             time.sleep(0.05)
         return int(status)
 
+    def kill_terminal(self) -> None:
+        """End the server and with it the terminal, as a lost connection does; the program gets a hang-up."""
+        self._tmux("kill-server")
+
     def close(self) -> None:
         """End the program and the server, whatever they do; a hang-up alone would leave a training running."""
         with contextlib.suppress(ProcessLookupError, subprocess.CalledProcessError):

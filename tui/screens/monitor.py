@@ -7,6 +7,7 @@ one interpreter, and each refresh costs the training up to 9 ms. The engine neve
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -157,6 +158,8 @@ class MonitorScreen(Screen[None]):
 
     def _forget_asked(self) -> None:
         """Forget what was asked once the run did it, or said something that tells why not."""
+        if self._asked is None:
+            return
         state = self.state
         answered = {
             Command.PAUSE: state.paused,
@@ -164,11 +167,11 @@ class MonitorScreen(Screen[None]):
             Command.PARK: state.parked is not None,
             Command.STOP: state.stopping,
         }
-        latest = state.logs[-1] if state.logs else None
+        since = list(itertools.takewhile(lambda line: line is not self._asked_after, reversed(state.logs)))
         # Saving and previews are told by the log as they happen; the word goes when the engine took the command up.
-        took_up = latest is not None and latest.message.startswith("Command at")
-        refused = latest is not None and latest is not self._asked_after and latest.severity != "info"
-        if self._asked and (refused or answered.get(self._asked, took_up)):
+        words = self._asked.replace("_", " ")
+        took_up = any(line.message.startswith("Command at") and line.message.endswith(words) for line in since)
+        if any(line.severity != "info" for line in since) or answered.get(self._asked, took_up):
             self._asked = None
 
     def _show_words(self) -> None:

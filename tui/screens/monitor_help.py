@@ -17,7 +17,7 @@ Whatever you look at here, training goes on until you pause or stop.
   p           pause after this step, or go on
   s           save a checkpoint now
   v           draw the previews now
-  k           park: frees the card for another program; p brings it back
+  k           park: free the card for another program; p brings it back
   x           stop: asks, saves a checkpoint, ends; can be resumed
   space       hold the chart still, or let it go on
 
@@ -29,7 +29,7 @@ Whatever you look at here, training goes on until you pause or stop.
   y           copy the path of the LoRA or the preview
   tab         move between chart, previews and log
 
-  q enter     leave, when the run is over or belongs to another process
+  q enter     leave, if the run is over or another process trains
   ctrl+q      quit; asks while this process trains
 
 Closing the terminal never ends a training. Shift+mouse selects text."""
@@ -44,7 +44,7 @@ class MonitorHelp(ModalScreen[None]):
     DEFAULT_CSS = """
     MonitorHelp { align: center middle; }
     MonitorHelp #monitor-help {
-        width: 78; max-width: 100%; height: auto; max-height: 100%; padding: 0 2;
+        width: 80; max-width: 100%; height: auto; max-height: 100%; padding: 0 2;
         background: $surface; border: round $primary;
     }
     MonitorHelp Static { height: auto; }

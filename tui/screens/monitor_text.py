@@ -75,8 +75,7 @@ def headline(
 def attached_words(source: object) -> list[Part]:
     """Return how this monitor stands to a run of another process, and since when that has been silent, if it has."""
     quiet = float(getattr(source, "quiet_seconds", 0.0))
-    words = "in control" if getattr(source, "in_control", False) else "watching"
-    parts: list[Part] = [(f"{words} another process  ", "dim")]
+    parts: list[Part] = [("attached  " if getattr(source, "in_control", False) else "watching only  ", "dim")]
     if quiet > QUIET_SECONDS:
         parts.append((f"NO SIGN OF LIFE for {duration(quiet // 10 * 10)}  ", "critical"))
     return parts
@@ -93,6 +92,8 @@ def notice_rows(state: RunState, problem: str = "") -> list[list[Part]]:
         rows.append([("Stalled: ", "critical"), (where, "")])
     if state.parked is not None:
         words = f"{state.parked.freed_gib:.1f} GiB of the card are free for other programs; the model waits in memory."
+        if state.parked.freed_gib < 0.05:
+            words = "there was nothing on a card; it simply waits."
         rows.append([(f"Parked at step {state.parked.step}: ", "high"), (words, "")])
     elif state.pause_reason:
         rows.append([("Waiting: ", "critical"), (state.pause_reason, "")])

@@ -29,7 +29,10 @@ def describe_event(event: events.Event) -> str:
         case events.Paused():
             return f"Paused at step {event.step}" + (f": {event.reason}" if event.reason else "")
         case events.Parked():
-            return f"Parked at step {event.step}: {event.freed_gib:.1f} GiB of the card are free"
+            freed = (
+                f"{event.freed_gib:.1f} GiB of the card are free" if event.freed_gib else "there was nothing on a card"
+            )
+            return f"Parked at step {event.step}: {freed}"
         case events.NotFinite():
             return f"The {event.what} of step {event.step} is no number; it is left out ({_names(event.files)})"
         case events.RolledBack():
