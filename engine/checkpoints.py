@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 REMOVE_TRIES = 2
-_TEMPORARY = (".saving-", ".removing-")
+_TEMPORARY = (".saving-", ".removing-", ".write-test-")
 
 
 def save_checkpoint(folder: Path, step: int, tensors: TensorGroups, state: Mapping[str, Any]) -> Path:

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import hashlib
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -25,8 +24,8 @@ OPTIMIZER_BYTES: Mapping[str, float] = {"adamw": 8, "adamw8bit": 8, "adafactor":
 """State bytes for each trained number; upper bounds (8-bit AdamW keeps small tensors in 32 bits)."""
 
 ADVICE: Mapping[int, str] = {
-    errno.EMFILE: "Too many files are open: allow more with `ulimit -n 8192`, or close other programs.",
-    errno.ENFILE: "Too many files are open on this machine: close other programs.",
+    errno.EMFILE: "Allow more open files with `ulimit -n 8192`, or close other programs.",
+    errno.ENFILE: "Close other programs on this machine.",
     errno.EROFS: "That disk can only be read: mount it for writing, or choose a folder on another disk.",
     errno.EACCES: "Correct the permissions or the owner of that folder, or choose another one.",
     errno.EPERM: "Correct the permissions or the owner of that folder, or choose another one.",
@@ -34,8 +33,10 @@ ADVICE: Mapping[int, str] = {
 }
 """What to do about an error that is not a full disk."""
 
-_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.tmp|\.write-test-[0-9a-f]{8}")
-"""Names that `atomic_write` and `require_writable` give to files for a moment."""
+_FREE_SPACE = "Free some space on that disk."
+
+CANNOT_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
+"""How some network and user-space disks answer to a sync that they do not offer, of folders above all."""
 
 EXPORT_BYTES: Mapping[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -47,20 +48,22 @@ def cache_folder() -> Path:
 
 def fsync_folder(folder: Path) -> None:
     """Make the names in `folder` survive a power cut; does nothing where folders cannot be synced."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    if hasattr(os, "O_DIRECTORY"):
+        _sync(folder, os.O_DIRECTORY)
 
 
 def fsync_file(path: Path) -> None:
     """Force the content of an already written file to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    _sync(path)
+
+
+def _sync(path: Path, flags: int = 0) -> None:
+    descriptor = os.open(path, os.O_RDONLY | flags)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC:
+            raise
     finally:
         os.close(descriptor)
 
@@ -70,16 +73,9 @@ def make_folder(folder: Path) -> None:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
-        fsync_folder(path.parent)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process was about to write in `folder`, which nobody else may be writing to now."""
-    with contextlib.suppress(OSError):
-        for path in list(folder.iterdir()):
-            if _UNFINISHED.fullmatch(path.name):
-                with contextlib.suppress(OSError):
-                    path.unlink()
+        # A folder that may be written to but not listed cannot be opened for the sync.
+        with contextlib.suppress(PermissionError):
+            fsync_folder(path.parent)
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -91,8 +87,7 @@ def atomic_write(path: Path, data: bytes) -> None:
     try:
         with temporary.open("xb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        fsync_file(temporary)
         temporary.replace(path)
         fsync_folder(path.parent)
     except OSError as error:
@@ -178,9 +173,7 @@ def storage_error(path: Path, needed_bytes: int, error: OSError | str) -> Storag
     return StorageError(
         f"The disk is full: cannot write {path} ({space})." if full else f"Cannot write {path} ({space}).",
         why=reason,
-        fix="Free some space on that disk."
-        if full
-        else advice or "Check that the folder exists and may be written to.",
+        fix=_FREE_SPACE if full else advice or "Check that the folder exists and may be written to.",
     )
 
 

@@ -82,6 +82,36 @@ def test_a_running_average_adds_one_more_copy_of_the_weights_to_a_checkpoint() -
     assert with_average - checkpoint_bytes(1_000_000, "adamw") == 4_000_000
 
 
+def test_a_disk_that_offers_no_sync_is_written_to_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(_: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(storage.os, "fsync", unsupported)
+    atomic_write(tmp_path / "file", b"x")
+    assert (tmp_path / "file").read_bytes() == b"x"
+
+
+def test_a_disk_without_a_nameless_file_is_tried_with_a_named_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(storage.os, "O_TMPFILE")
+    require_writable(tmp_path, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [(errno.EROFS, "only be read"), (errno.EMFILE, "ulimit"), (errno.EIO, "dmesg"), (errno.EACCES, "permissions")],
+)
+def test_each_error_of_the_disk_has_its_own_advice_and_no_space_is_no_excuse(
+    tmp_path: Path, number: int, advice: str
+) -> None:
+    error = storage_error(tmp_path / "x", 2**60, OSError(number, os.strerror(number)))
+    assert "disk is full" not in error.what
+    assert f"{2**60} bytes needed" in error.what
+    assert advice in error.fix
+
+
 def test_other_write_errors_are_not_called_a_full_disk(tmp_path: Path) -> None:
     error = storage_error(tmp_path / "x", 10, PermissionError(errno.EACCES, "Permission denied"))
     assert "disk is full" not in error.what

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from lorasmith.engine.storage import require_writable
 from tests.faults.checkpoint_scenarios import Ground, newest, require_next_save_is_clean, save
-from tests.faults.fault_server import KILL_AFTER, FaultServer, Outcome, Spoil
+from tests.faults.fault_server import KILL_AFTER, Fault, FaultServer, Outcome, Spoil
 
 Record = Callable[[int, str, str], None]
 SAMPLE = 4
@@ -54,3 +56,17 @@ def test_a_kill_at_any_call_of_a_save_leaves_the_old_checkpoint_or_the_new_one(
         survived += 1
     every = "at every call of" if campaign else "at sampled calls of"
     record(1, f"kill -9 {every} {situation} ({whole.count} calls)", f"resumed {survived} of {len(plan)}")
+
+
+def try_the_folder(fault: Fault, folder: str) -> None:
+    with fault.armed(folder):
+        require_writable(Path(folder) / "run", 1000)
+
+
+def test_a_kill_while_a_folder_is_tried_leaves_nothing_in_it(faults: FaultServer, quick_folder: Path) -> None:
+    whole = faults.run(try_the_folder, str(quick_folder))
+    assert whole.error == "", whole.trace
+    for number in range(1, whole.count + 1):
+        shutil.rmtree(quick_folder / "run", ignore_errors=True)
+        assert faults.run(try_the_folder, str(quick_folder), spoil=Spoil.kill(number)).killed
+        assert [path.name for path in quick_folder.rglob("*") if path.name != "run"] == []
