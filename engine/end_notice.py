@@ -86,9 +86,9 @@ def terminal_notice(ended: RunEnded, name: str, environ: Mapping[str, str], *, p
     # The name of the program first: a message that began with `4;` would set a progress bar in some terminals.
     text = plain_text(f"lorasmith: {name} {ended.outcome}. {ended.message}").replace("\n", " ").replace("\t", " ")
     message = f"\x1b]9;{text[:MESSAGE_CHARACTERS]}\x1b\\"
-    if "STY" in environ or terminal == "linux":
+    if environ.get("STY") or terminal == "linux":
         return "\a"
-    if "TMUX" in environ:
+    if environ.get("TMUX"):
         return "\a" + ("\x1bPtmux;" + message.replace("\x1b", "\x1b\x1b") + "\x1b\\" if passthrough else "")
     return "\a" + message
 
@@ -96,7 +96,7 @@ def terminal_notice(ended: RunEnded, name: str, environ: Mapping[str, str], *, p
 def tmux_passes_through(environ: Mapping[str, str]) -> bool:
     """Ask tmux whether a program in it may talk to the terminal outside; False without tmux. Takes up to a second."""
     tmux = shutil.which("tmux")
-    if "TMUX" not in environ or tmux is None:
+    if not environ.get("TMUX") or tmux is None:
         return False
     try:
         asked = subprocess.run(  # noqa: S603  (a fixed command)

@@ -152,6 +152,14 @@ class SafeDriver(LinuxDriver):
             # The loop is closed: the application is already gone.
             return
 
+    def end_threads(self) -> None:
+        """End what reads keys and what paints, after a crash that left them at work."""
+        self.exit_event.set()
+        if self._key_thread is not None:
+            self._key_thread.join(STOP_SECONDS)
+        if self._writer_thread is not None:
+            self._writer_thread.stop()
+
     def write(self, data: str) -> None:
         """Write to the terminal; nothing before application mode and after its end."""
         if self._writer_thread is not None:
