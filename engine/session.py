@@ -33,6 +33,7 @@ from lorasmith.engine.events import (
 )
 from lorasmith.engine.hardware import Sampler, resolve_device
 from lorasmith.engine.journal import Journal
+from lorasmith.engine.out_of_memory import free_memory
 from lorasmith.engine.run_failure import describe_failure, describe_wordless_end
 from lorasmith.engine.run_folder import RunFolder, create_run, open_run
 from lorasmith.engine.run_lock import RunLock, lock_holder
@@ -253,6 +254,8 @@ class Session:
             self._sampler.start()
             self._open_control()
             self._train()
+            # The model is in reference cycles: its memory would only come back with some later collection.
+            free_memory()
 
     def _close_journal(self) -> None:
         if not self._journal.close():
