@@ -109,6 +109,9 @@ class QueueWorker:
 
         Raises RunLockedError naming the process that works on the queue already.
         """
+        # A folder that cannot be made is said by the lock.
+        with contextlib.suppress(OSError):
+            self._queue.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             lock = RunLock(self._queue.work)
         except RunLockedError as error:

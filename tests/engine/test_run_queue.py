@@ -300,3 +300,17 @@ def test_the_list_says_what_became_of_each_run(
     assert capsys.readouterr().out == "1 run taken out; the run folders stay.\n"
     assert main(["queue", "list"]) == 0
     assert capsys.readouterr().out.startswith("The queue is empty")
+
+
+def test_working_on_a_queue_that_was_never_used_ends_at_once(queue: RunQueue) -> None:
+    assert main(["queue", "run"]) == 0
+    assert queue.folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_state_folder_that_cannot_be_made_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LORASMITH_STATE", str(tmp_path / "file" / "state"))
+    assert main(["queue", "run"]) == 7
+    assert "queue-worker.lock" in capsys.readouterr().err
