@@ -76,6 +76,13 @@ def run_wizard(*, demo: bool = False) -> int:
     sys.setswitchinterval(0.001)
     app = LorasmithApp(Draft() if demo else None, warm_up=True)
     code = run_app(app, lambda: app.session, state_folder() / "wizard.log")
+    if app.for_tmux and app.session is None:
+        from lorasmith.tui.disconnect import go_to_tmux
+
+        try:
+            go_to_tmux()
+        except OSError as error:
+            print(f"tmux could not be started: {error.strerror}.", file=sys.stderr)
     print("\n".join(app.last_words()), flush=True)
     if code == 0 and app.session is not None:
         code = measure_demo(app.session)

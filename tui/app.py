@@ -18,6 +18,7 @@ from textual.screen import Screen
 
 from lorasmith.engine.errors import LorasmithError
 from lorasmith.tui.actions import actions_of, bindings
+from lorasmith.tui.disconnect import CONTINUE
 from lorasmith.tui.draft import PAGES, Draft
 from lorasmith.tui.draft_file import DraftFile
 from lorasmith.tui.edits import Editing, Edits, Undo, answers_before, carry_out, put_answers, told_in_words
@@ -68,6 +69,7 @@ class LorasmithApp(App[int]):
         self.offer = self.file.load() if draft is None else None
         self.session: Any = None
         self.editing = Editing()
+        self.for_tmux = False
         self._warm_up = warm_up
         self._unsaved = False
 
@@ -103,6 +105,9 @@ class LorasmithApp(App[int]):
         if not fits(self.size.width, self.size.height):
             self.push_screen(TooSmall())
         self.known.look_at_hardware()
+        if self.offer is not None and os.environ.pop(CONTINUE, ""):
+            self.draft, self.offer = self.offer[0], None
+            self.visit(self.draft.page)
         if self._warm_up:
             self.call_after_refresh(self.set_timer, WARM_UP_AFTER_SECONDS, self._begin_warm_up)
 
@@ -134,6 +139,12 @@ class LorasmithApp(App[int]):
         if self.page is not None and self.page.ready:
             self.page.take_typed()
         self.save_draft_now()
+        self.exit(0)
+
+    def leave_for_tmux(self) -> None:
+        """Save the draft and leave, to start again inside tmux."""
+        self.for_tmux = True
+        self.file.save(self.draft.to_json())
         self.exit(0)
 
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:

@@ -16,6 +16,7 @@ from textual.widgets import Button, OptionList, Static
 from lorasmith.engine.errors import LorasmithError
 from lorasmith.tui.actions import bindings
 from lorasmith.tui.clipboard import copy_text
+from lorasmith.tui.disconnect import disconnect_words, ends_at_logout, find_tmux, is_unprotected
 from lorasmith.tui.draft import PAGES, state_folder
 from lorasmith.tui.fields import label_of
 from lorasmith.tui.forms import Status, told
@@ -159,10 +160,28 @@ class ReviewPage(WizardPage):
             text.append(f"\n  {safe_str(line)}")
         if self._waiting:
             text.append("\n  Training starts by itself when this is done.")
-        if note := _connection_note(os.environ):
+        if note := self._connection_note():
             text.append(f"\n! {note}")
         state.say(text)
         self.hint("Enter: start training · Page Up and Down: scroll")
+
+    def _connection_note(self) -> str:
+        """Say what a dropped connection would do, once that was found out."""
+        if not is_unprotected(os.environ):
+            return ""
+        look = self.wizard.known.look("logout", (), lambda tell: ends_at_logout())
+        return disconnect_words(look.value, bool(find_tmux())) if look.done else ""
+
+    def action_in_tmux(self) -> None:
+        """Leave, and start the wizard again inside tmux with the same draft."""
+        if not is_unprotected(os.environ):
+            self.hint("This terminal is kept already: it is local, or inside tmux or screen.")
+        elif not find_tmux():
+            self.hint("tmux is not installed here; for example: sudo apt install tmux")
+        elif self.wizard.session is not None:
+            self.hint("A training was started here already; it goes on when the connection drops.")
+        else:
+            self.wizard.leave_for_tmux()
 
     def _summary(self) -> str:
         resolved = self._resolved()
@@ -236,15 +255,6 @@ class ReviewPage(WizardPage):
             self.hint(f"Cannot write {path}: {error}")
             return ""
         return str(path)
-
-
-def _connection_note(environment: os._Environ[str]) -> str:
-    if "SSH_CONNECTION" in environment and not {"TMUX", "STY"} & set(environment):
-        return (
-            "On SSH without tmux, only this terminal shows the run. "
-            "Started as `tmux new -s lora lorasmith`, it can be left and come back to."
-        )
-    return ""
 
 
 PAGE_CLASS = ReviewPage
