@@ -1,6 +1,6 @@
 """CPU time of a training step of the engine over that of a bare hand-written loop on the same model.
 
-    python benchmarks/engine_overhead.py [--rounds 8] [--steps 20] [--batch 1]
+    python benchmarks/engine_overhead.py [--rounds 8] [--steps 20] [--batch 1] [--workers 0] [--average 0.0]
 
 Both train the same LoRA of the same loaded denoiser, one thread, in turns of A B B A segments; the engine's part is its
 whole loop: batches, keyed noise, captions, meter, commands, journal on disk, gauges. Process CPU time, so its helper
@@ -123,15 +123,15 @@ def cpu_seconds(work: Callable[[int], None], steps: int) -> float:
     return (time.process_time() - started) / steps
 
 
-def compare(base: str, resolution: int, batch: int, rounds: int, steps: int) -> dict[str, Any]:
-    """Measure `rounds` blocks of A B B A on one base model."""
+def compare(base: str, resolution: int, batch: int, rounds: int, steps: int, **train: Any) -> dict[str, Any]:
+    """Measure `rounds` blocks of A B B A on one base model; `train` are more settings of the engine's run."""
     import torch
     from training_parts import build, load_family, settings
 
     torch.set_num_threads(1)
     family = load_family(base, torch.device("cpu"), torch.float32)
     adapter = {"rank": 8, "alpha": 8.0}
-    config = settings(base, resolution, batch, adapter, steps=1_000_000, precision="fp32", device="cpu")
+    config = settings(base, resolution, batch, adapter, steps=1_000_000, precision="fp32", device="cpu", **train)
     learner, material = build(family, config)
     with tempfile.TemporaryDirectory() as folder:
         engine, bare = EngineLoop(learner, material, Path(folder)), BareLoop(learner, config.train.log_every)
@@ -143,6 +143,7 @@ def compare(base: str, resolution: int, batch: int, rounds: int, steps: int) -> 
             b2, a2 = cpu_seconds(bare.run, steps), cpu_seconds(engine.run, steps)
             blocks.append((a1 + a2, b1 + b2))
         engine.journal.close()
+        learner.close()
     ratios = [a / b for a, b in blocks]
     return {
         "ratio": round(median(ratios), 4),
@@ -151,6 +152,7 @@ def compare(base: str, resolution: int, batch: int, rounds: int, steps: int) -> 
         "engine_ms": round(1000 * fmean(a for a, _ in blocks) / 2, 2),
         "bare_ms": round(1000 * fmean(b for _, b in blocks) / 2, 2),
         "batch": batch,
+        **train,
         "weights_millions": round(sum(p.numel() for p in family.denoiser.parameters()) / 1e6, 2),
         "blocks": rounds,
         "steps_in_a_segment": steps,
@@ -165,8 +167,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--workers", type=int, default=0, help="train.loader_workers")
+    parser.add_argument("--average", type=float, default=0.0, help="train.ema_decay")
     options = parser.parse_args()
-    result = compare(options.base, options.resolution, options.batch, options.rounds, options.steps)
+    train = {"loader_workers": options.workers, "ema_decay": options.average}
+    result = compare(options.base, options.resolution, options.batch, options.rounds, options.steps, **train)
     name = options.base if options.base == "demo" else "other"
     result = {"benchmark": "engine_overhead", "base": name} | result | facts("torch", "diffusers", "peft")
     print(json.dumps(result, indent=2))

@@ -1,15 +1,19 @@
 """Step time and peak memory of full-size Stable Diffusion 1.5 LoRA training at 512 px, with random weights.
 
-    python benchmarks/gpu_sd15.py [--batch 1] [--steps 30]
+    python benchmarks/gpu_sd15.py [--batch 1] [--steps 30] [--deterministic] [--workers 0]
 
 Needs an NVIDIA GPU; says so and ends with 0 without one. Weights are drawn from N(0, 0.02), since zeros run faster and
-values do not matter otherwise. 10 warm-up steps, then each step timed with GPU events. Prints JSON. `--smoke` runs the
-same code over a tiny model on the CPU, to see that it works.
+values do not matter otherwise. 10 warm-up steps, then each step timed with GPU events. Prints JSON. `--deterministic`
+measures the same with kernels that give the same bits each time, in a process of its own, since cuBLAS is set up once:
+run it beside one without, and the ratio of the medians is the cost of train.deterministic. Then the steps are done
+twice, and `same_bits` tells whether the LoRA is the same. `--smoke` runs the same code over a tiny model on the CPU, to
+see that it works.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
@@ -55,30 +59,57 @@ def write_random_sd15(folder: Path, device: Any) -> Path:
     return folder
 
 
-def measure(base: Path, device: Any, resolution: int, batch: int, steps: int) -> dict[str, Any]:
-    """Train `steps` steps and return their times and the memory they took."""
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is trained: pixels, pictures a step, steps, and more settings of `train`."""
+
+    resolution: int
+    batch: int
+    steps: int
+    train: dict[str, Any]
+
+
+def measure(base: Path, device: Any, case: Case) -> dict[str, Any]:
+    """Train, and return the times of the steps and the memory they took; repeatable kernels are proved by a repeat."""
+    import torch
+
+    from lorasmith.engine.compute import deterministic_kernels
+
+    with deterministic_kernels(case.train["deterministic"], print):
+        result, weights = measure_steps(base, device, case)
+        if case.train["deterministic"]:
+            _, again = measure_steps(base, device, case)
+            result["same_bits"] = all(torch.equal(weights[key], again[key]) for key in weights)
+    return result
+
+
+def measure_steps(base: Path, device: Any, case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the figures of one training and the LoRA that it made."""
     import torch
     from training_parts import build, load_family, settings
 
     gpu = device.type != "cpu"
     dtype = torch.bfloat16 if gpu else torch.float32
     family = load_family(str(base), device, dtype)
-    config = settings(str(base), resolution, batch, {"rank": 16, "alpha": 16.0}, steps=WARM_UP + steps)
+    adapter = {"rank": 16, "alpha": 16.0}
+    config = settings(str(base), case.resolution, case.batch, adapter, steps=WARM_UP + case.steps, **case.train)
     learner, _ = build(family, config)
     if gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     for step in range(WARM_UP):
         learner.run_step(step)
-    times = [timed_step(learner, WARM_UP + step, gpu) for step in range(steps)]
+    times = [timed_step(learner, WARM_UP + step, gpu) for step in range(case.steps)]
+    learner.close()
     result: dict[str, Any] = {
         "step_ms_median": round(median(times), 2),
         "step_ms_p90": round(percentile(times, 90), 2),
-        "batch": batch,
-        "resolution": resolution,
+        "batch": case.batch,
+        "resolution": case.resolution,
         "precision": str(dtype).removeprefix("torch."),
         "rank": 16,
-        "steps": steps,
+        "steps": case.steps,
+        **case.train,
         "weights_millions": round(sum(p.numel() for p in family.denoiser.parameters()) / 1e6, 1),
     }
     if gpu:
@@ -86,7 +117,7 @@ def measure(base: Path, device: Any, resolution: int, batch: int, steps: int) ->
             "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3),
             "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 3),
         }
-    return result
+    return result, learner.adapter.state_dict()
 
 
 def timed_step(learner: Any, step: int, gpu: bool) -> float:
@@ -110,6 +141,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--deterministic", action="store_true", help="train.deterministic")
+    parser.add_argument("--workers", type=int, default=0, help="train.loader_workers")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU instead")
     options = parser.parse_args()
     import torch
@@ -121,6 +154,8 @@ def main() -> int:
         skipped = {"benchmark": "gpu_sd15", "skipped": "no NVIDIA GPU that torch can use"}
         print(json.dumps(skipped | facts("torch"), indent=2))
         return 0
+    train = {"deterministic": options.deterministic, "loader_workers": options.workers}
+    case = Case(64 if options.smoke else 512, options.batch, options.steps, train)
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         if options.smoke:
@@ -128,11 +163,11 @@ def main() -> int:
             from tests.tiny import build_tiny_sd15
 
             result: dict[str, Any] = {"smoke": True}
-            result |= measure(build_tiny_sd15(base), torch.device("cpu"), 64, options.batch, options.steps)
+            result |= measure(build_tiny_sd15(base), torch.device("cpu"), case)
         else:
             device = torch.device("cuda", 0)
             result = {"gpu": torch.cuda.get_device_name(device)}
-            result |= measure(write_random_sd15(base, device), device, 512, options.batch, options.steps)
+            result |= measure(write_random_sd15(base, device), device, case)
     print(json.dumps({"benchmark": "gpu_sd15"} | result | facts("torch", "diffusers", "peft"), indent=2))
     return 0
 
