@@ -8,7 +8,14 @@ from pathlib import Path
 from lorasmith.engine.config import RunConfig
 from lorasmith.engine.errors import StorageError
 from lorasmith.engine.preview_sheet import MAX_SHEET_PIXELS
-from lorasmith.engine.storage import EXPORT_BYTES, checkpoint_bytes, free_bytes, readable_size
+from lorasmith.engine.storage import (
+    EXPORT_BYTES,
+    cache_folder,
+    checkpoint_bytes,
+    free_bytes,
+    nearest_existing,
+    readable_size,
+)
 
 PNG_BYTES_PER_PIXEL = 2.0
 """Of drawn pictures; a photo of three bytes a pixel shrinks to some 60 %."""
@@ -95,6 +102,15 @@ def require_room(folder: Path, plan: DiskPlan) -> None:
         why=f"The run will write {plan.describe()}.",
         fix="Free some space, choose another run.output_folder, or lower checkpoints.keep.",
     )
+
+
+def reserved_beside_cache(folder: Path, plan: DiskPlan) -> int:
+    """Return how much of the cache's disk a run in `folder` needs for itself: nothing where it is another disk."""
+    try:
+        same = nearest_existing(cache_folder()).stat().st_dev == folder.stat().st_dev
+    except OSError:
+        same = True
+    return plan.total if same else 0
 
 
 def _num_previews(config: RunConfig, steps: int) -> int:

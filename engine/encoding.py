@@ -55,6 +55,8 @@ class Encoder:
     emit: Emit
     should_stop: ShouldStop
     rungs: Rungs = field(default_factory=Rungs)
+    reserved_bytes: int = 0
+    """What the run itself will write to the disk of the cache."""
 
     def encode(self, extra_prompts: Sequence[str]) -> Encoded | None:
         """Return everything encoded, or None where the user stopped it: what is done then is in the cache.
@@ -64,14 +66,22 @@ class Encoder:
         """
         prompts = self._prompts(extra_prompts)
         writes = self._tell_size(prompts or [])
-        pictures = self._encode_pictures(LatentCache(writes=writes))
+        latents, texts = LatentCache(writes=writes), TextCache(writes=writes)
+        pictures = self._encode_pictures(latents)
+        self._tell_unwritten(latents.problem)
         if self.should_stop():
             return None
         self._tell_masked_out(pictures)
         if prompts is None:
             return Encoded(pictures, None)
-        conditionings = self._encode_prompts(prompts, TextCache(writes=writes))
+        conditionings = self._encode_prompts(prompts, texts)
+        self._tell_unwritten(texts.problem)
         return None if self.should_stop() else Encoded(pictures, conditionings)
+
+    def _tell_unwritten(self, problem: str) -> None:
+        if problem:
+            message = f"The cache cannot be written ({problem}). Training goes on; the next start encodes this again."
+            self.emit(Logged(severity="warning", message=message))
 
     def _prompts(self, extra: Sequence[str]) -> list[str] | None:
         """Return every prompt of the run; None where they are encoded as they come: trained, or too many."""
@@ -104,17 +114,18 @@ class Encoder:
         needed = latent_bytes(new, spec, self._number_bytes)
         needed += unread * prompt_bytes(numbers_of_prompt(spec, self.family.identity), self._number_bytes)
         folder = cache_folder()
-        free = free_bytes(folder)
+        free = max(0, free_bytes(folder) - self.reserved_bytes)
         known = len(samples) - len(new) + len(prompts) - unread
         message = f"To encode: {_count(len(new), 'picture')} and {_count(unread, 'caption')}"
         message += f", about {readable_size(needed)} in {folder}" if needed else ""
         self.emit(Logged(severity="info", message=message + (f"; {known} are there already." if known else ".")))
         if needed * _DISK_SLACK <= free:
             return True
+        beside = " beside what the run itself will write" if self.reserved_bytes else ""
         message = (
             f"The cache is not written: it needs about {readable_size(needed)}, but only {readable_size(free)} are "
-            f"free in {folder}. Training goes on, and the next start encodes all of it again. Free some space, or let "
-            "LORASMITH_CACHE name a folder on another disk."
+            f"free in {folder}{beside}. Training goes on, and the next start encodes all of it again. "
+            "Free some space, or let LORASMITH_CACHE name a folder on another disk."
         )
         self.emit(Logged(severity="warning", message=message))
         return False

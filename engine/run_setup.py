@@ -5,6 +5,7 @@ Each function is one stage of `engine.trainer.train`; none of them knows the loo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ from lorasmith.engine.previews import preview_prompts
 from lorasmith.engine.resume import is_extended
 from lorasmith.engine.sources import BaseFiles, locate_base
 from lorasmith.engine.storage import free_bytes, readable_size, require_writable
+
+LEFTOVERS = (".*.tmp", ".proving-*.safetensors", ".write-test-*")
+"""Names that files have while they are being written or tried; see `storage` and `export`."""
 
 
 @dataclass(frozen=True)
@@ -151,16 +155,29 @@ def build_training(
     emit: Callable[[Event], None],
     should_stop: Callable[[], bool],
     rungs: Rungs | None = None,
+    reserved_bytes: int = 0,
 ) -> Learner | None:
-    """Encode pictures and prompts once, let the encoders go, and return the learner; None where the user stopped it."""
+    """Encode pictures and prompts once, let the encoders go, and return the learner; None where the user stopped it.
+
+    The cache leaves `reserved_bytes` of its disk to the run.
+    """
     emit(StageChanged(stage="cache", label="Encoding pictures and captions"))
-    encoder = Encoder(config, files, family, material.plan, emit, should_stop, rungs or Rungs(emit))
+    encoder = Encoder(config, files, family, material.plan, emit, should_stop, rungs or Rungs(emit), reserved_bytes)
     encoded = encoder.encode([*material.prompts, config.previews.negative_prompt])
     if encoded is None:
         return None
     family.release_encoders(keep_text=encoded.conditionings is None)
     loader = Loader(material.plan, encoded.pictures.latents, config, encoded.pictures.masks)
     return build_learner(family, adapter, loader, encoded.conditionings, config)
+
+
+def remove_leftovers(run: RunPaths) -> None:
+    """Remove files that a killed process left half-written; the run's lock says that nobody else is writing there."""
+    for folder in (run.path, run.previews, run.export):
+        for pattern in LEFTOVERS:
+            for path in folder.glob(pattern):
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
 
 def require_space(config: RunConfig, run: RunPaths, num_parameters: int, done_steps: int) -> DiskPlan:

@@ -17,6 +17,7 @@ from lorasmith.engine.compute import choose_compute, deterministic_kernels, engi
 from lorasmith.engine.config import RunConfig
 from lorasmith.engine.controls import Controls, Host, RunPaths
 from lorasmith.engine.dataset.captions import require_trigger
+from lorasmith.engine.disk_plan import reserved_beside_cache
 from lorasmith.engine.errors import EXIT_STOPPED, CheckpointError
 from lorasmith.engine.events import RunEnded, StageChanged
 from lorasmith.engine.finishing import draw, finish
@@ -30,6 +31,7 @@ from lorasmith.engine.run_setup import (
     find_base,
     load_base,
     read_dataset,
+    remove_leftovers,
     require_space,
     tell_disk_plan,
 )
@@ -56,6 +58,7 @@ def train(run: RunPaths, config: RunConfig, host: Host) -> None:
         rungs = Rungs(
             host.emit, lambda: controls.step, checkpoint.state["learner"].get("memory") if checkpoint else None
         )
+        remove_leftovers(run)
         require_space(config, run, 0, controls.step)
 
         # Everything that is wrong with the base or the pictures is told before minutes of loading.
@@ -66,7 +69,8 @@ def train(run: RunPaths, config: RunConfig, host: Host) -> None:
         disk = require_space(config, run, adapter.num_parameters(), controls.step)
         tell_disk_plan(run, disk, host.emit)
         stop = controls.stop_wanted
-        learner = build_training(config, base.files, family, material, adapter, host.emit, stop, rungs)
+        reserved = reserved_beside_cache(run.path, disk)
+        learner = build_training(config, base.files, family, material, adapter, host.emit, stop, rungs, reserved)
         if learner is None:
             host.emit(_stopped(controls.step, "Stopped before the first step; nothing is lost."))
             return

@@ -29,7 +29,8 @@ class TensorCache:
         """Keep entries of `kind` (a folder name) below `folder` or `cache_folder()`; without `writes` only read."""
         self._folder = (folder or cache_folder()) / kind
         self._writes = writes
-        self._write_failed = False
+        self.problem = ""
+        """Why an entry could not be written, with the path; empty while all is well."""
 
     def path(self, key: Mapping[str, str]) -> Path:
         """Return where the entry of `key` lies, whether it exists or not."""
@@ -71,9 +72,9 @@ class TensorCache:
             finally:
                 temporary.unlink(missing_ok=True)
         except OSError as error:
-            if not self._write_failed:
+            if not self.problem:
                 _log.warning("Cannot write the cache in %s (%s); it is computed again next time.", self._folder, error)
-            self._write_failed = True
+            self.problem = f"{self._folder}: {error.strerror or error}"
 
 
 def own_copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import pytest
 
 from lorasmith.engine import disk_plan
 from lorasmith.engine.config import RunConfig
-from lorasmith.engine.disk_plan import existing_checkpoints, plan_disk, require_room
+from lorasmith.engine.disk_plan import existing_checkpoints, plan_disk, require_room, reserved_beside_cache
 from lorasmith.engine.errors import StorageError
 from lorasmith.engine.run_file import Layer, resolve_config
 from lorasmith.engine.storage import checkpoint_bytes
@@ -75,3 +75,11 @@ def test_existing_checkpoints_are_measured_and_nothing_else(tmp_path: Path) -> N
     (tmp_path / "other").mkdir()
     assert existing_checkpoints(tmp_path) == (70,)
     assert existing_checkpoints(tmp_path / "absent") == ()
+
+
+def test_a_cache_on_the_same_disk_leaves_the_runs_own_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_disk(settings(), 1_000_000)
+    monkeypatch.setenv("LORASMITH_CACHE", str(tmp_path / "cache"))
+    assert reserved_beside_cache(tmp_path, plan) == plan.total
+    monkeypatch.setenv("LORASMITH_CACHE", "/proc/none")
+    assert reserved_beside_cache(tmp_path, plan) == 0

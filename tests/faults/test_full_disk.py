@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,6 @@ from lorasmith.engine.events import (
 from lorasmith.engine.run_folder import RunFolder
 from lorasmith.engine.storage import storage_error
 from tests.engine.running import RecordingHost, new_run, run_training, texts, tiny_config
-
-Record = Callable[[int, str, str], None]
 
 
 @pytest.fixture(autouse=True)
@@ -259,3 +256,40 @@ def test_a_disk_that_takes_neither_says_what_a_resume_will_do(
     with pytest.raises(StorageError, match="neither its checkpoint nor its LoRA file") as caught:
         run_training(tiny_config(tiny_sd15, tmp_path), stop_when_paused())
     assert "trains the steps since its newest checkpoint again" in caught.value.fix
+
+
+def test_what_a_killed_process_left_half_written_is_gone_after_the_next_start(tiny_sd15: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_sd15, tmp_path)
+    run = new_run(config)
+    for path in (
+        run.path / ".run.toml.0a1b.tmp",
+        run.previews / ".step-00000001_p0_s1.png.0a1b.tmp",
+        run.export / ".proving-0a1b.safetensors",
+        run.checkpoints / ".saving-step-00000002-0a1b" / "adapter.safetensors",
+        run.path / ".write-test-0a1b",
+    ):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"half")
+    run_training(config, run=run)
+    assert not [path for path in run.path.rglob("*") if path.name.startswith(".")]
+
+
+def test_the_sizes_of_all_parts_are_told_before_the_first_step(tiny_sd15: Path, tmp_path: Path) -> None:
+    _, host = run_training(tiny_config(tiny_sd15, tmp_path, previews={"every": 2}))
+    before = host.events[: next(i for i, event in enumerate(host.events) if isinstance(event, StepsDone))]
+    told = texts([event for event in before if isinstance(event, Logged)])
+    assert "On the disk, at most " in told
+    for part in ("2 checkpoints ", "4 previews and their sheet ", "1 LoRA file ", "journal and log ", " are free."):
+        assert part in told
+
+
+def test_a_cache_that_the_disk_refuses_is_told_and_training_goes_on(
+    tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "latents").write_text("a file where a folder belongs")
+    monkeypatch.setenv("LORASMITH_CACHE", str(cache))
+    _, host = run_training(tiny_config(tiny_sd15, tmp_path))
+    assert f"The cache cannot be written ({cache / 'latents'}: " in texts(host.of(Logged))
+    assert host.of(RunEnded)[0].outcome == "finished"
