@@ -8,7 +8,6 @@ one interpreter, and each refresh costs the training up to 9 ms. The engine neve
 from __future__ import annotations
 
 import itertools
-import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -180,7 +179,7 @@ class MonitorScreen(Screen[None]):
         if self.watching and not self.over:
             right = [*say.attached_words(self.bridge.source), *right]
         self._headline.show(left, right)
-        self._progress.show(*say.progress_line(state, time.time(), width, marks))
+        self._progress.show(*say.progress_line(state, state.last_event_at, width, marks))
         self._numbers.show(say.numbers_line(state, self._chart.smoothed_loss(), width, marks))
         self._notice.show([] if self.over else say.notice_rows(state, getattr(self.bridge.source, "problem", "")))
 
