@@ -15,7 +15,7 @@
 
 Exit codes of the command line: 0 done · 1 an unexpected error · 2 wrong usage · 3 settings · 4 base model, captioner ·
 5 dataset · 6 hardware · 7 storage · 8 run locked · 9 training · 10 export ·
-130 stopped by the user with a checkpoint saved.
+130 stopped by Ctrl-C or SIGTERM: with a checkpoint saved, unless it was asked twice or nothing was trained yet.
 """
 
 from __future__ import annotations
