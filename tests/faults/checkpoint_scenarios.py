@@ -188,8 +188,8 @@ def short_writes(fault: Fault, parent: str, situation: str, stride: int) -> dict
         at += stride
 
 
-def read_with_each_error(fault: Fault, parent: str, number: int, forever: bool) -> dict[str, Any]:
-    """Find and load the newest of three checkpoints once for every call, which fails with errno `number`."""
+def read_with_each_error(fault: Fault, parent: str, number: int, forever: bool, stride: int) -> dict[str, Any]:
+    """Load the newest of three checkpoints once for every `stride`-th call, which fails with errno `number`."""
     ground = Ground(Path(parent), "a save of what is saved")
     folder = ground.fresh()
     before = everything_in(folder)
@@ -212,7 +212,7 @@ def read_with_each_error(fault: Fault, parent: str, number: int, forever: bool) 
             complaints.append(f"{place}: the checkpoint of step {step} was used: {unfit}")
         if everything_in(folder) != before or newest(folder) != 3:
             complaints.append(f"{place}: something has changed")
-        at += 1
+        at += stride
     return {"injected": injected, "refused": refused, "fallen_back": fallen_back, "complaints": complaints}
 
 

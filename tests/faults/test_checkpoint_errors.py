@@ -14,8 +14,8 @@ from tests.faults.fault_server import FaultServer
 Record = Callable[[int, str, str], None]
 ERRORS = ("ENOSPC", "EIO", "EROFS", "EACCES", "EMFILE")
 WAYS = {"once": (False, False), "for ever": (True, False), "for ever, where it can happen": (True, True)}
-SAMPLE = 19
-"""Without --campaign every 19th call fails."""
+SAMPLE = 29
+"""Without --campaign every 29th call fails."""
 
 
 @pytest.mark.parametrize("name", ERRORS)
@@ -45,7 +45,7 @@ def test_an_error_at_any_call_of_a_save_is_told_and_leaves_whole_checkpoints(
 def test_a_write_that_writes_half_is_finished_or_told(
     situation: str, faults: FaultServer, quick_folder: Path, campaign: bool
 ) -> None:
-    outcome = faults.run(short_writes, str(quick_folder), situation, 1 if campaign else 5)
+    outcome = faults.run(short_writes, str(quick_folder), situation, 1 if campaign else 11)
     assert outcome.error == "", outcome.trace
     assert outcome.value["complaints"] == []
 
@@ -53,13 +53,13 @@ def test_a_write_that_writes_half_is_finished_or_told(
 @pytest.mark.parametrize("name", ["EIO", "EACCES", "EMFILE"])
 @pytest.mark.parametrize("forever", [False, True])
 def test_an_error_while_a_checkpoint_is_read_is_told_in_words_and_changes_nothing(
-    name: str, forever: bool, faults: FaultServer, quick_folder: Path, record: Record
+    name: str, forever: bool, faults: FaultServer, quick_folder: Path, campaign: bool, record: Record
 ) -> None:
-    outcome = faults.run(read_with_each_error, str(quick_folder), getattr(errno, name), forever)
+    outcome = faults.run(read_with_each_error, str(quick_folder), getattr(errno, name), forever, 1 if campaign else 4)
     assert outcome.error == "", outcome.trace
     value = outcome.value
     assert value["complaints"] == []
-    assert value["injected"] > 50
+    assert value["injected"] > (50 if campaign else 12)
     how = f"{value['refused']} told, {value['fallen_back']} on to an older one, named, {value['injected']} unharmed"
     record(
         2,

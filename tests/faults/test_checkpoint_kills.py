@@ -13,8 +13,8 @@ from tests.faults.checkpoint_scenarios import Ground, newest, require_next_save_
 from tests.faults.fault_server import KILL_AFTER, Fault, FaultServer, Outcome, Spoil
 
 Record = Callable[[int, str, str], None]
-SAMPLE = 4
-"""Without --campaign every fourth call is a kill, and each rename."""
+SAMPLE = 6
+"""Without --campaign every sixth call is a kill, and each rename."""
 
 
 def moment_of_truth(whole: Outcome) -> int:

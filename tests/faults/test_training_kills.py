@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from lorasmith.engine.checkpoints import newest_checkpoint
 from lorasmith.engine.events import RunEnded, StepsDone
@@ -18,7 +20,6 @@ from tests.engine.running import load_tiny, new_run, tiny_config
 from tests.faults.fault_server import Fault, FaultServer, Spoil
 
 Record = Callable[[int, str, str], None]
-STARTS = 6
 SECONDS = 150.0
 
 
@@ -38,6 +39,7 @@ def warm_up(base: str) -> None:
     """Import what a training imports."""
     import lorasmith.engine.trainer  # noqa: F401
 
+    Image.init()
     load_tiny(Path(base))
 
 
@@ -61,63 +63,77 @@ def last_weights(run: RunFolder) -> tuple[bytes, bytes]:
     ).read_bytes()
 
 
-def moments(count: int, number: int) -> list[int]:
-    """Return `number` calls spread over all `count`, the first and the last among them."""
-    return sorted({1 + index * (count - 1) // (number - 1) for index in range(number)})
+@dataclass(frozen=True)
+class Uncut:
+    """A run that nothing disturbed: its folder before the start, the calls of it, and what it learnt."""
+
+    template: Path
+    calls: int
+    learnt: tuple[dict[int, float], tuple[bytes, bytes]]
+
+    def copy(self, name: str) -> RunFolder:
+        run = RunFolder(self.template.parent / name)
+        shutil.copytree(self.template, run.path)
+        return run
 
 
-def test_a_run_that_is_killed_anywhere_ends_as_if_nothing_had_happened(
-    faults: FaultServer, tiny_sd15: Path, tmp_path: Path, campaign: bool, record: Record
-) -> None:
+@pytest.fixture(scope="module")
+def uncut(faults: FaultServer, tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Uncut:
     faults.warm(warm_up, str(tiny_sd15))
+    folder = tmp_path_factory.mktemp("uncut")
     train = {"steps": 6, "log_every": 1}
-    config = tiny_config(tiny_sd15, tmp_path, train=train, checkpoints={"every": 2, "keep": 2})
-    run = new_run(config)
-    shutil.copytree(run.path, tmp_path / "template")
+    run = new_run(tiny_config(tiny_sd15, folder, train=train, checkpoints={"every": 2, "keep": 2}))
+    shutil.copytree(run.path, folder / "template")
     whole = faults.run(train_run, str(run.path))
     assert whole.error == "", whole.trace
     assert whole.value["outcome"] == "finished", whole.value
-    expected = losses(run), last_weights(run)
-    assert list(expected[0]) == [1, 2, 3, 4, 5, 6]
-    plan = moments(whole.count, 40 if campaign else 5)
-    for number in plan:
-        cut = RunFolder(tmp_path / "runs" / f"cut-{number}")
-        shutil.copytree(tmp_path / "template", cut.path)
-        died = faults.run(train_run, str(cut.path), spoil=Spoil.kill(number))
-        assert died.killed or died.count < number, died.trace
-        resumed = faults.run(train_run, str(cut.path))
-        assert resumed.error == "", resumed.trace
-        assert resumed.value["outcome"] == "finished", resumed.value
-        assert (losses(cut), last_weights(cut)) == expected, died.spoilt
-        assert [event.outcome for event in replay(cut.journal) if isinstance(event, RunEnded)][-1] == "finished"
-        require_no_orphans(cut)
-        shutil.rmtree(cut.path)
-    record(1, f"kill -9 of a whole run ({whole.count} calls)", f"ended like the uncut run {len(plan)} of {len(plan)}")
+    learnt = losses(run), last_weights(run)
+    assert list(learnt[0]) == [1, 2, 3, 4, 5, 6]
+    return Uncut(folder / "template", whole.count, learnt)
 
 
-def require_no_orphans(run: RunFolder) -> None:
+def require_finish(faults: FaultServer, run: RunFolder, uncut: Uncut) -> None:
+    """Start the run once more, and compare it with the one that nothing disturbed."""
+    resumed = faults.run(train_run, str(run.path))
+    assert resumed.error == "", resumed.trace
+    assert resumed.value["outcome"] == "finished", resumed.value
+    assert (losses(run), last_weights(run)) == uncut.learnt
+    assert [event.outcome for event in replay(run.journal) if isinstance(event, RunEnded)][-1] == "finished"
     names = [str(path.relative_to(run.path)) for path in run.path.rglob("*")]
     assert not [name for name in names if name.endswith(".tmp") or "/." in name or name.startswith(".")], names
     assert len(list(run.export.glob("*.safetensors"))) == 1
 
 
-def test_a_run_that_is_killed_again_and_again_still_ends_the_same(
-    faults: FaultServer, tiny_sd15: Path, tmp_path: Path, record: Record
+def moments(count: int, number: int) -> list[int]:
+    """Return `number` calls in the middle of as many equal parts of all `count`."""
+    return [1 + (2 * index + 1) * count // (2 * number) for index in range(number)]
+
+
+def test_a_run_that_is_killed_anywhere_ends_as_if_nothing_had_happened(
+    faults: FaultServer, uncut: Uncut, campaign: bool, record: Record
 ) -> None:
-    faults.warm(warm_up, str(tiny_sd15))
-    config = tiny_config(tiny_sd15, tmp_path, train={"steps": 6, "log_every": 1}, checkpoints={"every": 1, "keep": 2})
-    run = new_run(config)
-    shutil.copytree(run.path, tmp_path / "template")
-    whole = faults.run(train_run, str(run.path))
-    expected = losses(run), last_weights(run)
-    cut = RunFolder(tmp_path / "runs" / "cut")
-    shutil.copytree(tmp_path / "template", cut.path)
+    plan = moments(uncut.calls, 30 if campaign else 2)
     kills = 0
-    for number in range(STARTS):
-        # Each start gets a little further than a save, and dies at another call.
-        kills += faults.run(train_run, str(cut.path), spoil=Spoil.kill(whole.count // 4 + 7 * number)).killed
+    for number in plan:
+        run = uncut.copy(f"cut-{number}")
+        died = faults.run(train_run, str(run.path), spoil=Spoil.kill(number))
+        assert died.killed or died.count < number, died.trace
+        kills += died.killed
+        require_finish(faults, run, uncut)
+        shutil.rmtree(run.path)
+    assert kills >= len(plan) - 1
+    record(1, f"kill -9 of a whole run of {uncut.calls} calls", f"{kills} of {kills} ended like the uncut run")
+
+
+def test_a_run_that_is_killed_again_and_again_still_ends_the_same(
+    faults: FaultServer, uncut: Uncut, campaign: bool, record: Record
+) -> None:
+    run = uncut.copy("cut")
+    kills = 0
+    for number in range(6 if campaign else 2):
+        # Late enough that the next start finds a newer checkpoint, and each time at another call.
+        spoil = Spoil.kill(uncut.calls // 2 + 7 * number)
+        kills += faults.run(train_run, str(run.path), spoil=spoil).killed
     assert kills > 1
-    assert faults.run(train_run, str(cut.path)).value["outcome"] == "finished"
-    assert (losses(cut), last_weights(cut)) == expected
-    require_no_orphans(cut)
+    require_finish(faults, run, uncut)
     record(1, "one run killed again and again", f"ended like the uncut run after {kills} kills")
