@@ -186,3 +186,22 @@ def test_drawing_a_long_run_costs_milliseconds() -> None:
 )
 def test_the_glyphs_are_those_that_the_terminal_has(environ: dict[str, str], encoding: str, name: str) -> None:
     assert detect_glyphs(environ, encoding).name == name
+
+
+@pytest.mark.parametrize("glyphs", [BRAILLE, BLOCK, ASCII], ids=lambda glyphs: glyphs.name)
+def test_steps_that_were_not_finite_are_crossed_on_the_axis_where_they_are(glyphs: GlyphSet) -> None:
+    curve, view = Curve([1.0] * 100), PlotView(smoothing=0.0, glyphs=glyphs)
+    plain = text_of(draw_plot(curve, curve.values, 60, 12, view))
+    rows = draw_plot(curve, curve.values, 60, 12, view, marked=[1, 100, 50, 50, 300])
+    axis = text_of(rows)[-2]
+    first = plain[-2].index(glyphs.corner) + 1
+    assert [at for at, mark in enumerate(axis) if mark == glyphs.cross] == [first, first + round(49 / 99 * (59 - first)), 59]
+    assert [text for text, layer in rows[-2] if layer == "mark"] == [glyphs.cross] * 3
+    assert text_of(rows)[:-2] == plain[:-2]
+    assert len(axis) == 60
+
+
+def test_only_crosses_in_the_window_are_drawn() -> None:
+    curve, view = Curve([1.0] * 1000), PlotView(window=100)
+    rows = draw_plot(curve, curve.values, 60, 12, view, marked=[5, 900, 950])
+    assert text_of(rows)[-2].count("×") == 1

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from textual.app import App
 from textual.pilot import Pilot
+from textual.widgets import Static
 
 from lorasmith.engine import events
 from lorasmith.engine.commands import Command
@@ -180,6 +181,114 @@ async def test_p_resumes_a_paused_run(tmp_path: Path) -> None:
         source.waiting.append(events.Resumed(step=200))
         await show(pilot)
         assert "PAUSED" not in text(pilot)
+
+
+@pytest.mark.parametrize("size", SIZES[:2])
+async def test_parking_asks_first_and_tells_what_it_does(tmp_path: Path, size: tuple[int, int]) -> None:
+    source = HandFedSession(*training(tmp_path))
+    async with monitor(source, size) as pilot:
+        for harmless in ("n", "escape", "ctrl+q"):
+            await pilot.press("k")
+            assert isinstance(pilot.app.screen, AskScreen)
+            assert "Park at step 200 of 400?" in text(pilot)
+            detail = str(pilot.app.screen.query_one("#detail", Static).render())
+            for words in ("A checkpoint is saved", "p brings it back", "23.6 GiB", "3.0 GiB"):
+                assert words in detail
+            await pilot.press(harmless)
+            assert source.sent == []
+        await pilot.press("k", "y")
+        assert source.sent == [Command.PARK]
+        assert "parking after this step" in text(pilot)
+        source.waiting += [events.CommandReceived(command="park", step=201), events.Parked(step=201, freed_gib=7.94)]
+        await show(pilot)
+        assert "PARKED - p brings it back" in text(pilot)
+        assert "Parked at step 201: 7.9 GiB of the card are free for other programs" in text(pilot)
+        await pilot.press("p")
+        assert source.sent == [Command.PARK, Command.RESUME]
+        full = "The card is full; the run stays parked."
+        source.waiting += [
+            events.CommandReceived(command="resume", step=201), events.Logged(severity="warning", message=full)
+        ]  # fmt: skip
+        await show(pilot)
+        assert "PARKED - p brings it back" in text(pilot)
+        source.waiting.append(events.Resumed(step=201))
+        await show(pilot)
+        assert "PARKED" not in text(pilot)
+        assert "free for other programs" not in text(pilot)
+
+
+@pytest.mark.parametrize("size", SIZES[:2])
+async def test_why_a_run_waits_stays_on_the_screen_while_it_waits(tmp_path: Path, size: tuple[int, int]) -> None:
+    reason = "The disk is full: cannot write /data/runs/cats/checkpoints (734003200 bytes needed, 512 bytes free)."
+    source = HandFedSession(*training(tmp_path), events.Paused(step=200, reason=reason))
+    async with monitor(source, size) as pilot:
+        source.waiting += [events.Logged(severity="info", message=f"line {number}") for number in range(50)]
+        await show(pilot)
+        assert "WAITING - p tries again" in text(pilot)
+        assert reason in " ".join(text(pilot).split())
+        source.waiting.append(events.Resumed(step=200))
+        await show(pilot)
+        assert "734003200" not in text(pilot)
+
+
+async def test_a_stall_tells_where_and_which_file_holds_the_stacks(tmp_path: Path) -> None:
+    stall = events.Stalled(step=200, seconds=130.0, where="synchronize", stacks=str(tmp_path / "stacks.txt"))
+    source = HandFedSession(*training(tmp_path), stall)
+    async with monitor(source) as pilot:
+        shown = " ".join(text(pilot).split())
+        assert "STALLED" in shown
+        assert "in synchronize. All stacks: " in shown
+        assert "stacks.txt" in shown
+        source.waiting.append(events.StallEnded(step=200, seconds=150.0))
+        await show(pilot)
+        assert "STALLED" not in text(pilot)
+        assert "Goes on after a stall of 150 s" in text(pilot)
+
+
+async def test_steps_that_were_not_finite_are_marked_on_the_chart_and_counted(tmp_path: Path) -> None:
+    bad = events.NotFinite(step=150, what="gradient", files=["a.png"])
+    async with monitor(HandFedSession(*training(tmp_path), bad), (120, 36)) as pilot:
+        assert "× not finite" in text(pilot)
+        assert text(pilot).count("×") == 2
+        assert "1 not finite" in text(pilot)
+        assert "The gradient of step 150 is no number" in text(pilot)
+
+
+async def test_memory_that_was_reduced_is_told_beside_the_numbers(tmp_path: Path) -> None:
+    told = events.MemoryReduced(step=200, phase="step", change="gradient checkpointing is on")
+    async with monitor(HandFedSession(*training(tmp_path), told), (120, 36)) as pilot:
+        assert "memory reduced" in text(pilot)
+        assert "WARNING Out of memory (step, step 200): gradient checkpointing is on; tried again" in text(pilot)
+
+
+async def test_a_save_that_is_quicker_than_the_screen_is_not_waited_for(tmp_path: Path) -> None:
+    source = HandFedSession(*training(tmp_path))
+    async with monitor(source) as pilot:
+        await pilot.press("s")
+        source.waiting += [
+            events.CommandReceived(command="save_now", step=201),
+            events.CheckpointSaved(step=201, path=str(tmp_path / "x"), bytes=1, seconds=0.1),
+        ]
+        await show(pilot)
+        assert "saving after this step" not in text(pilot)
+
+
+@pytest.mark.parametrize("size", [(60, 18), *SIZES])
+async def test_the_screen_can_be_left_while_training_goes_on_in_this_process(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
+    source = HandFedSession(*training(tmp_path))
+    async with monitor(source, size) as pilot:
+        await pilot.press("ctrl+q")
+        for answer in ("y  Stop, save, quit", "l  Leave the screen", "n  Keep going"):
+            assert answer in text(pilot)
+        detail = str(pilot.app.screen.query_one("#detail", Static).render())
+        assert "the shell is free when the run is over" in detail
+        assert "lorasmith attach cats shows it again" in detail
+        await pilot.press("l")
+        await pilot.pause()
+    assert pilot.app.return_code == 0
+    assert source.sent == []
 
 
 async def test_stopping_asks_first(tmp_path: Path) -> None:

@@ -62,6 +62,56 @@ def test_state_after_a_live_run_equals_the_state_replayed_from_its_journal_lines
     assert fold(told) != fold(told[:8] + told[9:])
 
 
+TROUBLE: list[events.Event] = [
+    events.Paused(step=20, reason="The disk is full: /data (900 bytes needed, 12 bytes free)."),
+    events.Resumed(step=20),
+    events.NotFinite(step=19, what="gradient", files=["a.png", "b.png"]),
+    events.MemoryReduced(step=20, phase="step", change="gradient checkpointing is on"),
+    events.Parked(step=20, freed_gib=7.9),
+    events.Resumed(step=20),
+    events.Stalled(step=20, seconds=130.0, where="synchronize", stacks="stacks.txt"),
+    events.StallEnded(step=20, seconds=150.0),
+    events.RolledBack(step=15, given_up=20, reason="three steps were not finite"),
+]
+
+
+def test_a_live_screen_equals_a_replayed_one_after_each_kind_of_trouble() -> None:
+    begun = a_run(20)
+    for number, event in enumerate(TROUBLE, start=1):
+        told = [*begun, *TROUBLE[:number]]
+        replayed = [events.from_record(json.loads(json.dumps(events.to_record(one)))) for one in told]
+        assert fold(told) == fold([one for one in replayed if one is not None]), event
+        assert fold(told) != fold(told[:-1]), event
+
+
+def test_trouble_is_remembered_until_it_is_over() -> None:
+    state = fold([*a_run(20), *TROUBLE[:1]])
+    assert (state.paused, state.pause_reason) == (True, "The disk is full: /data (900 bytes needed, 12 bytes free).")
+    state = fold([*a_run(20), *TROUBLE[:5]])
+    assert state.parked is not None
+    assert (state.parked.freed_gib, state.paused, state.pause_reason) == (7.9, True, "")
+    state = fold(TROUBLE[5:7], state)
+    assert (state.parked, state.paused) == (None, False)
+    assert state.stalled is not None
+    state = fold(TROUBLE[7:], state)
+    assert state.stalled is None
+    assert (state.step, len(state.losses)) == (15, 15)
+    assert [line.severity for line in state.logs if "stall" in line.message.lower()] == ["warning", "info"]
+    assert [item.change for item in state.memory_reduced] == ["gradient checkpointing is on"]
+
+
+def test_a_step_counts_once_whether_its_loss_or_its_gradient_was_not_finite() -> None:
+    state = fold([*a_run(20), events.NotFinite(step=19, what="gradient", files=[])])
+    assert (state.num_invalid_losses, state.marks) == (2, (19,))
+    # The loss of step 18 is NaN in this run.
+    both = reduce(state, events.NotFinite(step=18, what="loss", files=[]))
+    assert (both.num_invalid_losses, both.marks) == (2, (19, 18))
+    resumed = reduce(
+        both, events.RunStarted(run="cat", total_steps=40, resumed_from=18, config={}, versions={}, device="cpu")
+    )
+    assert resumed.marks == (18,)
+
+
 def test_a_state_once_seen_never_changes() -> None:
     told = a_run()
     seen = []

@@ -30,14 +30,16 @@ class AskScreen(ModalScreen[str]):
     DEFAULT_CSS = """
     AskScreen { align: center middle; }
     AskScreen > Vertical {
-        width: 64; max-width: 95%; height: auto; padding: 1 2; background: $surface; border: round $primary;
+        width: 76; max-width: 95%; height: auto; padding: 1 2; background: $surface; border: round $primary;
     }
     AskScreen #question { text-style: bold; }
     AskScreen #detail { margin: 1 0; }
     AskScreen Horizontal { height: auto; }
+    AskScreen.-narrow Horizontal { layout: vertical; }
     AskScreen Button { margin-right: 2; padding: 0 1; background: $panel; }
     AskScreen Button:focus { background: $primary; color: $background; text-style: bold; }
     """
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (80, "-wide")]  # noqa: RUF012  (textual declares it so)
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "give_last", "Back", show=False),
         Binding("left", "app.focus_previous", show=False),
