@@ -110,7 +110,7 @@ def unpark(parts: TrainingParts) -> None:
 
 def card_of(device: torch.device) -> Card | None:
     """Return the card that `device` means; None for the CPU, whose memory is the host's own."""
-    return CudaCard(device) if device.type == "cuda" else None
+    return CudaCard(device) if device.type != "cpu" else None
 
 
 def clear(card: Card, roots: Iterable[object]) -> tuple[Parking, int]:
