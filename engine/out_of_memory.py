@@ -12,14 +12,18 @@ import errno
 import gc
 import logging
 import re
+import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+import psutil
+
 from lorasmith.engine.errors import HardwareError, LorasmithError
 from lorasmith.engine.events import Event, MemoryReduced
 from lorasmith.engine.hardware import read_memory
+from lorasmith.engine.nvml import GIB
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +41,8 @@ _GPU_TEXT = re.compile(
 )
 _MACHINE_TEXT = re.compile(
     r"DefaultCPUAllocator: (can't|not enough memory)|[Cc]annot allocate memory|std::bad_alloc|os error 12\b"
+    # oneDNN's words where its code or its scratchpad finds no room; for shapes that it cannot do it has others.
+    r"|could not (create a primitive|create a memory object|execute a primitive)$"
     # What safetensors makes of a bytes object that Python has no memory for.
     r"|PyObject pointer is null"
 )
@@ -73,7 +79,7 @@ def describe_shortage(error: BaseException) -> str:
     if free:
         parts.append(f"{free.group(1)} were free")
     elif kind == "machine":
-        parts.append(f"{read_memory().available_gib:.1f} GiB were free")
+        parts.append(_left())
     what = "The GPU" if kind == "gpu" else "This machine"
     return f"{what} ran out of memory{': ' if parts else ''}{', '.join(parts)}."
 
@@ -233,9 +239,18 @@ def _memory_kind(error: BaseException) -> Literal["gpu", "machine", ""]:
     return "gpu" if _GPU_TEXT.search(text) else "machine" if _MACHINE_TEXT.search(text) else ""
 
 
+def _left() -> str:
+    """Return how much this process could still have had."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return f"{read_memory().available_gib:.1f} GiB were free"
+    left = max(0, limit - psutil.Process().memory_info().vms)
+    return f"{left / GIB:.2f} GiB were left of the {limit / GIB:.1f} GiB of addresses that `ulimit -v` allows"
+
+
 def _readable(size: str) -> str:
     number, _, unit = size.partition(" ")
-    return f"{int(number) / (1 << 30):.2f} GiB" if unit == "bytes" and number.isdigit() else size
+    return f"{int(number) / GIB:.2f} GiB" if unit == "bytes" and number.isdigit() else size
 
 
 def rung_state(learner_state: Mapping[str, Any]) -> Mapping[str, Sequence[str]]:
