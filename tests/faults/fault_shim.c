@@ -242,7 +242,9 @@ static long spoil(const struct call *call, long *a) {
         break;
     case SHORT:
         /* Half of the bytes, as a signal or a nearly full disk makes it; other calls pass. */
-        if ((number == SYS_write || number == SYS_pwrite64 || number == SYS_read || number == SYS_pread64) && a[2] > 1)
+        if (number != SYS_write && number != SYS_pwrite64 && number != SYS_read && number != SYS_pread64)
+            break;
+        if (a[2] > 1)
             return raw(number, a[0], a[1], a[2] / 2, a[3], a[4], a[5]);
         break;
     case FAIL:
