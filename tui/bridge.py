@@ -18,6 +18,7 @@ from lorasmith.engine.errors import ConfigError, StorageError
 from lorasmith.engine.events import Event, RunEnded
 from lorasmith.engine.run_folder import RunFolder
 from lorasmith.engine.run_watch import RunWatch
+from lorasmith.engine.sudden_end import describe_sudden_end
 from lorasmith.tui.state import RunState, reduce
 
 MAX_EVENTS_PER_POLL = 2000
@@ -83,7 +84,7 @@ class AttachedRun:
 
     A thread of its own reads, asks and looks whether the process lives, so that no slow disk and no busy process holds
     the screen up. `state` is the fold of all that was journaled when the thread began, complete once `share_read` is 1.
-    `in_control` says whether commands reach the run.
+    `in_control` says whether commands reach the run, `last_words` what is known of a process that died without a word.
     """
 
     def __init__(self, run: RunFolder, *, read_only: bool = False) -> None:
@@ -93,6 +94,7 @@ class AttachedRun:
         self.state = RunState()
         self.share_read = 0.0
         self.in_control = False
+        self.last_words = ""
         self._unread = self._unreachable = ""
         self._over = False
         self._watch = RunWatch(run)
@@ -179,11 +181,19 @@ class AttachedRun:
         self._over = self._watch.over
 
     def _look(self) -> None:
-        self._read(self._watch.look)
+        self._read(self._look_closely)
         if not self._watch.alive:
             self.in_control = False
         elif not (self.read_only or self.in_control):
             self._ask("ping")
+
+    def _look_closely(self) -> list[Event]:
+        new = self._watch.look()
+        if self._watch.ended is not None or self._watch.alive:
+            self.last_words = ""
+        elif not self.last_words:
+            self.last_words = describe_sudden_end(self.run)
+        return new
 
     def _ask(self, request: str) -> None:
         try:

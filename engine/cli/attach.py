@@ -176,6 +176,7 @@ def _failure(ended: RunEnded) -> LorasmithError:
 def interrupted(run: RunFolder) -> LorasmithError:
     """Return what to say of a run whose process ended without a word, and how to go on."""
     from lorasmith.engine.run_summary import summarize_run
+    from lorasmith.engine.sudden_end import describe_sudden_end
 
     summary = summarize_run(run)
     if summary.state == "not started":
@@ -184,6 +185,6 @@ def interrupted(run: RunFolder) -> LorasmithError:
         )
     return LorasmithError(
         f"The run {run.name} is {summary.describe()}.",
-        why="Its process ended without a word: it was killed, ran out of memory, or the machine went down.",
+        why=describe_sudden_end(run) or "Its process ended without a word; run.log in its folder may say why.",
         fix=f"Go on with it: lorasmith train --resume {run.path}",
     )

@@ -138,7 +138,7 @@ async def test_a_running_training_is_shown_with_its_past_and_obeys(
         await shows(pilot, "PAUSED - p goes on")
         await pilot.press("p", "k")
         assert isinstance(pilot.app.screen, AskScreen)
-        assert "p brings it back" in " ".join(shown(pilot).split())
+        assert "Park at step" in shown(pilot)
         await pilot.press("y")
         await shows(pilot, "PARKED - p brings it back", "7.9 GiB of the card are free for other programs")
         await pilot.press("k")
@@ -200,7 +200,7 @@ async def test_a_process_that_dies_without_a_word_is_said_within_seconds(run: Ru
         await in_control(pilot)
         process.kill()
         process.wait()
-        await shows(pilot, "Interrupted at step", "its process ended without a word")
+        await shows(pilot, "Interrupted at step", str(process.pid))
         assert "p Pause" not in shown(pilot)
 
 

@@ -195,7 +195,8 @@ def test_steps_that_were_not_finite_are_crossed_on_the_axis_where_they_are(glyph
     rows = draw_plot(curve, curve.values, 60, 12, view, marked=[1, 100, 50, 50, 300])
     axis = text_of(rows)[-2]
     first = plain[-2].index(glyphs.corner) + 1
-    assert [at for at, mark in enumerate(axis) if mark == glyphs.cross] == [first, first + round(49 / 99 * (59 - first)), 59]
+    middle = first + round(49 / 99 * (59 - first))
+    assert [at for at, mark in enumerate(axis) if mark == glyphs.cross] == [first, middle, 59]
     assert [text for text, layer in rows[-2] if layer == "mark"] == [glyphs.cross] * 3
     assert text_of(rows)[:-2] == plain[:-2]
     assert len(axis) == 60

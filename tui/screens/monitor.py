@@ -7,12 +7,11 @@ one interpreter, and each refresh costs the training up to 9 ms. The engine neve
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any, ClassVar
 
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.containers import Container, Horizontal
 from textual.screen import Screen
 from textual.widgets import Footer
@@ -22,6 +21,7 @@ from lorasmith.tui.bridge import AttachedRun, Bridge, FollowedRun, RunSource
 from lorasmith.tui.end_bell import ring
 from lorasmith.tui.screens import monitor_text as say
 from lorasmith.tui.screens.monitor_help import MonitorHelp
+from lorasmith.tui.screens.monitor_keys import KEYS
 from lorasmith.tui.screens.monitor_questions import LEAVE, PARK, STOP, ask_park, ask_quit, ask_stop
 from lorasmith.tui.state import LogLine, RunState
 from lorasmith.tui.widgets.chart import LossChart
@@ -47,26 +47,7 @@ class MonitorScreen(Screen[None]):
     AUTO_FOCUS = ""
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (110, "-wide")]  # noqa: RUF012  (textual declares it so)
     VERTICAL_BREAKPOINTS = [(0, "-short"), (32, "-tall")]  # noqa: RUF012
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("p", "pause_or_resume", "Pause", id="monitor.pause"),
-        Binding("s", "save_now", "Save", id="monitor.save"),
-        Binding("v", "preview_now", "Preview", id="monitor.preview"),
-        Binding("k", "park", "Park", id="monitor.park"),
-        Binding("x", "stop", "Stop", id="monitor.stop"),
-        Binding("space", "pause_charts", "Charts", id="monitor.charts"),
-        Binding("l", "log_y", "Log y", show=False, id="monitor.log_y"),
-        Binding("left_square_bracket", "smooth(-1)", "Smooth less", show=False, id="monitor.smooth_less"),
-        Binding("right_square_bracket", "smooth(1)", "Smooth more", show=False, id="monitor.smooth_more"),
-        Binding("z", "window", "Window", show=False, id="monitor.window"),
-        Binding("left", "browse(-1, 0)", "Earlier preview", show=False, id="monitor.earlier"),
-        Binding("right", "browse(1, 0)", "Later preview", show=False, id="monitor.later"),
-        Binding("up", "browse(0, -1)", "Previous prompt", show=False, id="monitor.prompt_before"),
-        Binding("down", "browse(0, 1)", "Next prompt", show=False, id="monitor.prompt_after"),
-        Binding("y", "copy_path", "Copy path", show=False, id="monitor.copy"),
-        Binding("f1,question_mark", "help", "Help", id="monitor.help", key_display="F1"),
-        Binding("enter,q", "leave", "Leave", id="monitor.leave", key_display="q"),
-        Binding("ctrl+q", "request_quit", "Quit", id="monitor.quit"),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = [*KEYS]
 
     def __init__(self, source: RunSource, resolved: object = None, state: RunState | None = None) -> None:
         """Watch `source` from `state` on; `resolved`, the run's settings, is shown by what the events say of it."""
@@ -156,21 +137,7 @@ class MonitorScreen(Screen[None]):
         return state.stage, state.paused, state.stopping, state.ended, last_log, len(state.previews)
 
     def _forget_asked(self) -> None:
-        """Forget what was asked once the run did it, or said something that tells why not."""
-        if self._asked is None:
-            return
-        state = self.state
-        answered = {
-            Command.PAUSE: state.paused,
-            Command.RESUME: not state.paused,
-            Command.PARK: state.parked is not None,
-            Command.STOP: state.stopping,
-        }
-        since = list(itertools.takewhile(lambda line: line is not self._asked_after, reversed(state.logs)))
-        # Saving and previews are told by the log as they happen; the word goes when the engine took the command up.
-        words = self._asked.replace("_", " ")
-        took_up = any(line.message.startswith("Command at") and line.message.endswith(words) for line in since)
-        if any(line.severity != "info" for line in since) or answered.get(self._asked, took_up):
+        if self._asked and say.is_answered(self._asked, self.state, self._asked_after):
             self._asked = None
 
     def _show_words(self) -> None:
@@ -200,7 +167,10 @@ class MonitorScreen(Screen[None]):
         self.charts_paused = False
         self._show_chart()
         self._show_words()
-        self._summary.show(say.summary_rows(self.state, watching=self.watching))
+        source = self.bridge.source
+        self._summary.show(
+            say.summary_rows(self.state, watching=self.watching, sudden_end=getattr(source, "last_words", ""))
+        )
         self.add_class("-ended")
         self.refresh_bindings()
         ring(self.app, self.state.ended, self.state.run)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from pathlib import Path
 
 from lorasmith.engine.commands import Command
 from lorasmith.tui.glyphs import GlyphSet
-from lorasmith.tui.state import RunState
+from lorasmith.tui.state import LogLine, RunState
 from lorasmith.tui.widgets.line import Part
 from lorasmith.tui.widgets.plot import short_number
 
@@ -70,6 +71,21 @@ def headline(
     elif state.paused:
         right.append(("PAUSED - p goes on", "high"))
     return left, right
+
+
+def is_answered(asked: Command, state: RunState, after: LogLine | None) -> bool:
+    """Tell whether the run did what was `asked`, or said something since the log line `after` that tells why not."""
+    done = {
+        Command.PAUSE: state.paused,
+        Command.RESUME: not state.paused,
+        Command.PARK: state.parked is not None,
+        Command.STOP: state.stopping,
+    }
+    since = list(itertools.takewhile(lambda line: line is not after, reversed(state.logs)))
+    # Saving and previews are told by the log as they happen; the word goes when the engine took the command up.
+    words = asked.replace("_", " ")
+    took_up = any(line.message.startswith("Command at") and line.message.endswith(words) for line in since)
+    return any(line.severity != "info" for line in since) or done.get(asked, took_up)
 
 
 def attached_words(source: object) -> list[Part]:
@@ -181,10 +197,11 @@ def _rate(value: float | None) -> str:
     return f"{value:.2g}".replace("e-0", "e-").replace("e+0", "e")
 
 
-def summary_rows(state: RunState, *, watching: bool = False) -> list[list[Part]]:
+def summary_rows(state: RunState, *, watching: bool = False, sudden_end: str = "") -> list[list[Part]]:
     """Return what to know when the run is over: how it ended, where the LoRA and the previews are, what to do next.
 
-    `watching` says that the run belongs to another process, which then also measures the demo's trigger.
+    `watching` says that the run belongs to another process, which then also measures the demo's trigger; `sudden_end`
+    is what is known of a process that died without a word.
     """
     ended = state.ended
     measured = not watching and is_measured_next(state)
@@ -192,7 +209,10 @@ def summary_rows(state: RunState, *, watching: bool = False) -> list[list[Part]]
     leave: list[Part] = [(f"Enter or q leaves.{then}", "strong" if then else "dim")]
     if ended is None:
         at = f"Interrupted at step {state.step} of {state.total_steps}: " if state.total_steps else "Interrupted: "
-        why = "its process ended without a word (killed, no memory, no power?); run.log in its folder may say why."
+        why = (
+            sudden_end
+            or "its process ended without a word (killed, no memory, no power?); run.log in its folder may say why."
+        )
         return [[(at, "critical"), (why, "")], *_next_rows(state), leave]
     role = {"finished": "good", "stopped": "high", "failed": "critical"}[ended.outcome]
     rows: list[list[Part]] = [[(f"{ended.outcome.capitalize()}: ", role), (ended.message, "strong")]]
