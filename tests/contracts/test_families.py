@@ -275,6 +275,49 @@ def test_a_trained_text_encoder_stays_when_the_autoencoder_goes(files: BaseFiles
     assert not any(_is_autoencoder(value) for value in vars(family).values())
 
 
+def test_parts_loaded_apart_give_the_very_same_results(files: BaseFiles, family: Family) -> None:
+    module, identity = identify_base(files)
+    apart = module.load(files, identity, CPU, torch.float32, apart=True)
+    assert not any(_is_autoencoder(value) for value in vars(apart).values())
+    assert torch.equal(apart.encode_images(_pixels(1, 2)), family.encode_images(_pixels(1, 2)))
+    for own, other in zip(apart.encode_prompts(["red", "blue"]), family.encode_prompts(["red", "blue"]), strict=True):
+        assert all(torch.equal(own[key], other[key]) for key in other)
+    assert not any(_is_autoencoder(value) for value in vars(apart).values())
+    assert (
+        apart.draw(_requests(apart, 1), SETTINGS)[0].tobytes()
+        == family.draw(_requests(family, 1), SETTINGS)[0].tobytes()
+    )
+    apart.release_encoders()
+    with pytest.raises(BaseModelError, match="no longer in memory"):
+        apart.encode_images(_pixels(1))
+
+
+def test_each_measure_that_saves_memory_is_taken_once_and_keeps_the_results(files: BaseFiles) -> None:
+    family = _load(files)
+    latents, (red,) = family.encode_images(_pixels(1)), family.encode_prompts(["red"])
+    assert family.save_memory("apart")
+    assert not family.save_memory("apart")
+    assert torch.equal(family.encode_images(_pixels(1)), latents)
+    assert all(torch.equal(value, red[key]) for key, value in family.encode_prompts(["red"])[0].items())
+    # There is no device to leave.
+    assert not family.save_memory("draw on cpu")
+
+
+def test_tiles_are_smaller_than_the_base_models_own_pictures_and_nearly_as_good(files: BaseFiles) -> None:
+    family = _load(files)
+    assert family.tile_side == 0
+    (whole,), (drawn,) = family.encode_images(_pixels(1)), family.draw(_requests(family, 1), SETTINGS)
+    assert family.save_memory("tiles")
+    assert not family.save_memory("tiles")
+    assert 0 < family.tile_side < TINY_SIDE
+    (tiled,) = family.encode_images(_pixels(1))
+    assert tiled.shape == whole.shape
+    assert 0 < (tiled - whole).abs().mean() < whole.std()
+    assert family.draw(_requests(family, 1), SETTINGS)[0].size == drawn.size
+    small = _pixels(1)[..., : family.tile_side, : family.tile_side]
+    assert torch.equal(family.encode_images(small), _load(files).encode_images(small))
+
+
 def _is_autoencoder(value: Any) -> bool:
     return type(value).__name__.startswith("Autoencoder")
 
