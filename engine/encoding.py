@@ -114,14 +114,15 @@ class Encoder:
         needed = latent_bytes(new, spec, self._number_bytes)
         needed += unread * prompt_bytes(numbers_of_prompt(spec, self.family.identity), self._number_bytes)
         folder = cache_folder()
-        free = max(0, free_bytes(folder) - self.reserved_bytes)
+        free = free_bytes(folder)
         known = len(samples) - len(new) + len(prompts) - unread
         message = f"To encode: {_count(len(new), 'picture')} and {_count(unread, 'caption')}"
         message += f", about {readable_size(needed)} in {folder}" if needed else ""
         self.emit(Logged(severity="info", message=message + (f"; {known} are there already." if known else ".")))
-        if needed * _DISK_SLACK <= free:
+        if needed * _DISK_SLACK + self.reserved_bytes <= free:
             return True
-        beside = " beside what the run itself will write" if self.reserved_bytes else ""
+        reserved = readable_size(self.reserved_bytes)
+        beside = f", of which the run itself may need {reserved}" if self.reserved_bytes else ""
         message = (
             f"The cache is not written: it needs about {readable_size(needed)}, but only {readable_size(free)} are "
             f"free in {folder}{beside}. Training goes on, and the next start encodes all of it again. "

@@ -19,7 +19,7 @@ SAMPLE = 24
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EACCES, errno.EMFILE)
 
 
-def spoils(whole: Outcome, campaign: bool, most: int = 700) -> list[Spoil]:
+def spoils(whole: Outcome, campaign: bool, most: int = 250) -> list[Spoil]:
     """Return the faults of a scenario: errors once and for ever, short writes, kills; a sample without `campaign`."""
     kinds: list[Callable[[int], Spoil]] = [Spoil.short, Spoil.kill]
     for number in ERRORS:
