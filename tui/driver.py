@@ -13,6 +13,7 @@ import queue
 import selectors
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import IO, TYPE_CHECKING, Any
 
 from textual._parser import ParseError
@@ -164,6 +165,13 @@ class SafeDriver(LinuxDriver):
         """Write to the terminal; nothing before application mode and after its end."""
         if self._writer_thread is not None:
             self._writer_thread.write(data)
+
+    def _run_input_thread(self) -> None:
+        """Read keys; a failure there ends the screen with its traceback in the log, for no key would be heard."""
+        try:
+            self.run_input_thread()
+        except Exception as error:
+            self._call_app(partial(self._app._handle_exception, error))
 
     def run_input_thread(self) -> None:
         """Read keys until asked to end, or until the terminal is gone."""

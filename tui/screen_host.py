@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any, NoReturn, Protocol
 
 from textual.app import App
+from textual.worker import WorkerFailed
 
 from lorasmith.engine.commands import Command
 from lorasmith.engine.end_notice import terminal_notice
@@ -178,6 +179,9 @@ def _show(app: App[Any], mouse: bool) -> str:
         error = raised
     if error is None:
         return "" if app._exit else "it ended without a word"
+    if isinstance(error, WorkerFailed):
+        # What happened and where is told by the exception inside.
+        error = error.error
     logger.error("the screen crashed", exc_info=error)
     _end_driver(app)
     # Imported late: it is not needed before the first page is painted.

@@ -77,16 +77,25 @@ def trial(run_file: Path, seed: int, twice: bool) -> dict[str, object]:
     }
 
 
-def main() -> None:
+def warm(run_file: Path) -> None:
+    """Import what a training imports, by loading its base once: every child then has it."""
     import torch
 
     import lorasmith.engine.export
-    import lorasmith.engine.families
     import lorasmith.engine.session
     import lorasmith.engine.trainer  # noqa: F401
+    from lorasmith.engine.adapters import attach_adapter
+    from lorasmith.engine.run_file import load_run_file, resolve_config
+    from tests.engine.running import load_tiny
 
     torch.set_num_threads(1)
+    config = resolve_config([load_run_file(run_file)]).config
+    attach_adapter(load_tiny(Path(config.base.model)), config.adapter, config.run.seed)
+
+
+def main() -> None:
     run_file, trials, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    warm(run_file)
     for number in range(trials):
         print(json.dumps(trial(run_file, seed + number, twice=number < trials - 1)), flush=True)
 

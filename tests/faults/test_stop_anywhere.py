@@ -75,8 +75,8 @@ def test_sigterm_twice_at_random_instants_never_costs_a_checkpoint(
 ) -> None:
     trials = 51 if campaign else 4
     tiny = make_tiny_run(tmp_path, tiny_sd15, steps=100_000)
-    text = tiny.run_file.read_text().replace("[checkpoints]\nevery = 0", "[checkpoints]\nevery = 2")
-    assert "every = 2" in text
+    text = tiny.run_file.read_text().replace("[checkpoints]\nevery = 0", "[checkpoints]\nevery = 1")
+    assert "every = 1" in text
     tiny.run_file.write_text(text)
     command = [sys.executable, "-m", "tests.faults.sigterm_twice", str(tiny.run_file), str(trials), "7"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=600)
