@@ -48,6 +48,7 @@ __all__ = [
     "load_checkpoint",
     "newest_checkpoint",
     "prune_checkpoints",
+    "remove_unfinished",
     "save_checkpoint",
 ]
 
@@ -71,7 +72,7 @@ def save_checkpoint(folder: Path, step: int, tensors: TensorGroups, state: Mappi
             fsync_folder(folder)
             return target
         make_folder(folder)
-        _remove_leftovers(folder)
+        remove_unfinished(folder)
         temporary.mkdir()
         _write_files(temporary, step, tensors, state)
         _compare_with_memory(temporary, tensors)
@@ -123,6 +124,16 @@ def prune_checkpoints(folder: Path, keep: int) -> list[Path]:
         for doomed in removed.values():
             _remove(doomed)
     return list(removed)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process left half-written or half-removed; raises OSError where `folder` cannot be listed.
+
+    The run's lock says that nobody else is writing.
+    """
+    for path in list(folder.iterdir()):
+        if path.name.startswith(_TEMPORARY):
+            _remove(path)
 
 
 def damage(path: Path) -> str | None:
@@ -199,13 +210,6 @@ def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     # Bytes and not numbers: NaN differs from itself, and 0.0 equals -0.0.
     first, second = (t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other.cpu()))
     return torch.equal(first, second)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left behind; the run's lock says that nobody else is writing."""
-    for path in list(folder.iterdir()):
-        if path.name.startswith(_TEMPORARY):
-            _remove(path)
 
 
 def _remove(path: Path) -> None:

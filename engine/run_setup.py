@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from lorasmith.engine.adapters import Adapter
-from lorasmith.engine.checkpoints import Checkpoint
+from lorasmith.engine.checkpoints import Checkpoint, remove_unfinished
 from lorasmith.engine.compute import Compute, package_versions
 from lorasmith.engine.config import CaptionSettings, RunConfig
 from lorasmith.engine.controls import Host, RunPaths
@@ -178,6 +178,9 @@ def remove_leftovers(run: RunPaths) -> None:
             for path in folder.glob(pattern):
                 with contextlib.suppress(OSError):
                     path.unlink()
+    with contextlib.suppress(OSError):
+        # A run that was killed at its last pruning saves nothing more that would clean up.
+        remove_unfinished(run.checkpoints)
 
 
 def require_space(config: RunConfig, run: RunPaths, num_parameters: int, done_steps: int) -> DiskPlan:

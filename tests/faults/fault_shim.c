@@ -260,7 +260,8 @@ static long handle(const struct call *call, long *a) {
     char path[PATH_MAX];
     long number = call->number;
     /* A forked child, on its way to another program, is not counted. */
-    if (!fault.armed || raw(SYS_getpid, 0, 0, 0, 0, 0, 0) != fault.process || ((call->needs & READS) && !fault.reads) || !concerns_root(call, a, path) ||
+    if (!fault.armed || raw(SYS_getpid, 0, 0, 0, 0, 0, 0) != fault.process ||
+        ((call->needs & READS) && !fault.reads) || !concerns_root(call, a, path) ||
         (fault.plausible && !is_plausible(call, a)))
         return raw(number, a[0], a[1], a[2], a[3], a[4], a[5]);
     long count = __atomic_add_fetch(&fault.count, 1, __ATOMIC_SEQ_CST);

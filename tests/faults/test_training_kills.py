@@ -68,7 +68,7 @@ class Uncut:
     """A run that nothing disturbed: its folder before the start, the calls of it, and what it learnt."""
 
     template: Path
-    calls: int
+    calls: list[tuple[str, str]]
     learnt: tuple[dict[int, float], tuple[bytes, bytes]]
 
     def copy(self, name: str) -> RunFolder:
@@ -89,7 +89,7 @@ def uncut(faults: FaultServer, tiny_sd15: Path, tmp_path_factory: pytest.TempPat
     assert whole.value["outcome"] == "finished", whole.value
     learnt = losses(run), last_weights(run)
     assert list(learnt[0]) == [1, 2, 3, 4, 5, 6]
-    return Uncut(folder / "template", whole.count, learnt)
+    return Uncut(folder / "template", whole.calls, learnt)
 
 
 def require_finish(faults: FaultServer, run: RunFolder, uncut: Uncut) -> None:
@@ -104,15 +104,21 @@ def require_finish(faults: FaultServer, run: RunFolder, uncut: Uncut) -> None:
     assert len(list(run.export.glob("*.safetensors"))) == 1
 
 
-def moments(count: int, number: int) -> list[int]:
-    """Return `number` calls in the middle of as many equal parts of all `count`."""
-    return [1 + (2 * index + 1) * count // (2 * number) for index in range(number)]
+def last_removal(uncut: Uncut) -> int:
+    """Return the call in the middle of the last pruning: no later save cleans up behind that one."""
+    return max(n for n, (name, path) in enumerate(uncut.calls, 1) if name == "unlinkat" and ".removing-" in path)
+
+
+def moments(uncut: Uncut, number: int) -> list[int]:
+    """Return `number` calls in the middle of as many equal parts of all, and one in the last pruning."""
+    count = len(uncut.calls)
+    return [*(1 + (2 * index + 1) * count // (2 * number) for index in range(number)), last_removal(uncut)]
 
 
 def test_a_run_that_is_killed_anywhere_ends_as_if_nothing_had_happened(
     faults: FaultServer, uncut: Uncut, campaign: bool, record: Record
 ) -> None:
-    plan = moments(uncut.calls, 30 if campaign else 2)
+    plan = moments(uncut, 30 if campaign else 2)
     kills = 0
     for number in plan:
         run = uncut.copy(f"cut-{number}")
@@ -122,7 +128,7 @@ def test_a_run_that_is_killed_anywhere_ends_as_if_nothing_had_happened(
         require_finish(faults, run, uncut)
         shutil.rmtree(run.path)
     assert kills >= len(plan) - 1
-    record(1, f"kill -9 of a whole run of {uncut.calls} calls", f"{kills} of {kills} ended like the uncut run")
+    record(1, f"kill -9 of a whole run of {len(uncut.calls)} calls", f"{kills} of {kills} ended like the uncut run")
 
 
 def test_a_run_that_is_killed_again_and_again_still_ends_the_same(
@@ -132,7 +138,7 @@ def test_a_run_that_is_killed_again_and_again_still_ends_the_same(
     kills = 0
     for number in range(6 if campaign else 2):
         # Late enough that the next start finds a newer checkpoint, and each time at another call.
-        spoil = Spoil.kill(uncut.calls // 2 + 7 * number)
+        spoil = Spoil.kill(len(uncut.calls) // 2 + 7 * number)
         kills += faults.run(train_run, str(run.path), spoil=spoil).killed
     assert kills > 1
     require_finish(faults, run, uncut)
