@@ -247,8 +247,7 @@ PAST = {
 }
 
 
-@pytest.mark.parametrize("kind", PAST)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("kind", "size"), [*((kind, SIZES[0]) for kind in PAST), ("failed", SIZES[1])])
 async def test_a_run_that_is_over_tells_how_and_what_can_be_done(
     run: RunFolder, kind: str, size: tuple[int, int]
 ) -> None:
@@ -276,8 +275,7 @@ WAITING = {
 }
 
 
-@pytest.mark.parametrize("kind", WAITING)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("kind", "size"), [*((kind, SIZES[0]) for kind in WAITING), ("stalled", SIZES[1])])
 async def test_a_run_that_waits_tells_why(run: RunFolder, kind: str, size: tuple[int, int]) -> None:
     waiting, words = WAITING[kind]
     lock = RunLock(run)

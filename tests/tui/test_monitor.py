@@ -273,6 +273,21 @@ async def test_a_save_that_is_quicker_than_the_screen_is_not_waited_for(tmp_path
         assert "saving after this step" not in text(pilot)
 
 
+async def test_a_command_that_another_terminal_overtook_is_not_waited_for(tmp_path: Path) -> None:
+    source = HandFedSession(*training(tmp_path), events.Paused(step=200))
+    async with monitor(source) as pilot:
+        await pilot.press("p")
+        assert "going on" in text(pilot)
+        source.waiting += [
+            events.CommandReceived(command="resume", step=200),
+            events.Resumed(step=200),
+            events.CommandReceived(command="park", step=200),
+            events.Parked(step=200, freed_gib=7.9),
+        ]
+        await show(pilot)
+        assert "PARKED - p brings it back" in text(pilot)
+
+
 @pytest.mark.parametrize("size", [(60, 18), *SIZES])
 async def test_the_screen_can_be_left_while_training_goes_on_in_this_process(
     tmp_path: Path, size: tuple[int, int]

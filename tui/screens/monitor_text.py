@@ -82,10 +82,12 @@ def is_answered(asked: Command, state: RunState, after: LogLine | None) -> bool:
         Command.STOP: state.stopping,
     }
     since = list(itertools.takewhile(lambda line: line is not after, reversed(state.logs)))
+    commands = [line.message for line in since if line.message.startswith("Command at")]
     # Saving and previews are told by the log as they happen; the word goes when the engine took the command up.
-    words = asked.replace("_", " ")
-    took_up = any(line.message.startswith("Command at") and line.message.endswith(words) for line in since)
-    return any(line.severity != "info" for line in since) or done.get(asked, took_up)
+    took_up = any(message.endswith(asked.replace("_", " ")) for message in commands)
+    # Another terminal may have asked for something else by now.
+    overtaken = took_up and not commands[0].endswith(asked.replace("_", " "))
+    return overtaken or any(line.severity != "info" for line in since) or done.get(asked, took_up)
 
 
 def attached_words(source: object) -> list[Part]:
