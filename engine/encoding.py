@@ -119,7 +119,7 @@ class Encoder:
         message = f"To encode: {_count(len(new), 'picture')} and {_count(unread, 'caption')}"
         message += f", about {readable_size(needed)} in {folder}" if needed else ""
         self.emit(Logged(severity="info", message=message + (f"; {known} are there already." if known else ".")))
-        if needed * _DISK_SLACK + self.reserved_bytes <= free:
+        if not needed or needed * _DISK_SLACK + self.reserved_bytes <= free:
             return True
         reserved = readable_size(self.reserved_bytes)
         beside = f", of which the run itself may need {reserved}" if self.reserved_bytes else ""
