@@ -58,7 +58,7 @@ def test_help_names_every_command_and_every_exit_code(capsys: pytest.CaptureFixt
     text = " ".join(capsys.readouterr().out.split())
     for command in COMMANDS:
         assert f" {command} " in text
-    assert "130 stopped by the user with a checkpoint saved" in text
+    assert "130 stopped by Ctrl-C or SIGTERM: with a checkpoint saved, unless" in text
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -419,7 +419,8 @@ def test_on_a_terminal_a_bar_replaces_the_step_lines() -> None:
 def test_every_event_can_be_shown() -> None:
     stream = io.StringIO()
     printer = RunPrinter(stream)
-    sample: dict[str, Any] = {"int": 1, "float": 1.0, "str": "s", "list[float]": [1.0], "dict[str, int]": {"64x64": 1}}
+    sample: dict[str, Any] = {"int": 1, "float": 1.0, "str": "s", "list[float]": [1.0], "list[str]": ["a.png"]}
+    sample["dict[str, int]"] = {"64x64": 1}
     for kind in events.Event.__subclasses__():
         fields = {name: field for name, field in kind.__dataclass_fields__.items() if name != "time"}
         values = {name: sample.get(str(field.type), {}) for name, field in fields.items()}
