@@ -1,4 +1,4 @@
-"""An error, a short write and a kill at every file-system call of everything that a run writes beside checkpoints."""
+"""Errors, short writes and kills at the file-system calls of everything that a run writes beside checkpoints."""
 
 from __future__ import annotations
 
@@ -38,18 +38,19 @@ class Tally:
     def __init__(self) -> None:
         self.injected = self.killed = self.refused = self.passed = 0
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, outcome: Outcome, refused: bool = False) -> None:
         if outcome.spoilt is None and not outcome.killed:
             return
         self.injected += 1
         self.killed += outcome.killed
-        self.refused += bool(outcome.error)
-        self.passed += not (outcome.killed or outcome.error)
+        refused = refused or bool(outcome.error)
+        self.refused += refused
+        self.passed += not (outcome.killed or refused)
 
     def __str__(self) -> str:
         return (
-            f"{self.injected} faults: {self.passed} survived, {self.refused} told in words, {self.killed} kills; "
-            "nothing half-written counted"
+            f"{self.injected} faults injected: {self.passed} survived, {self.refused} told in words, "
+            f"{self.killed} kills; nothing half-written was taken for whole"
         )
 
 
@@ -88,7 +89,7 @@ def test_a_run_folder_is_made_whole_or_not_at_all(
             assert "a cat" in run.overlay.read_text()
         again = faults.run(scenarios.make_run, str(output), str(overlay))
         assert again.value in {summary.run.name for summary in list_runs(output)}
-    record(2, "run folder: errors, short writes and kills at every call", str(tally))
+    record(2, "run folder: errors, short writes and kills", str(tally))
 
 
 def test_the_journal_loses_and_doubles_nothing(
@@ -116,7 +117,7 @@ def test_the_journal_loses_and_doubles_nothing(
             assert (found["steps"], found["damaged"], found["ended"]) == ([1, 2, 3, 4, 5, 6], [], 1)
             assert found["complete"]
             assert not found["waited"] or str(folder) in found["problem"] or not spoil.forever
-    record(2, "journal: errors, short writes and kills at every call", str(tally))
+    record(2, "journal: errors, short writes and kills", str(tally))
 
 
 def test_a_preview_sheet_is_the_old_or_the_new_one(
@@ -142,7 +143,7 @@ def test_a_preview_sheet_is_the_old_or_the_new_one(
         for path in previews.glob(".*"):
             assert outcome.killed or spoil.forever or outcome.spoilt[0].startswith("unlink"), f"{path} is left"
             path.unlink()
-    record(2, "previews and their sheet: errors, short writes and kills at every call", str(tally))
+    record(2, "previews and their sheet: errors, short writes and kills", str(tally))
 
 
 def test_an_overlay_keeps_every_earlier_edit(
@@ -158,7 +159,7 @@ def test_an_overlay_keeps_every_earlier_edit(
     for number, spoil in enumerate(spoils(whole, campaign)):
         folder = shutil.copytree(first, tmp_path / str(number))
         outcome = faults.run(scenarios.edit_captions, str(folder), 2, spoil=spoil)
-        tally.add(outcome)
+        tally.add(outcome, refused=bool(outcome.value) and outcome.value[0] == "refused")
         assert not outcome.error, outcome.trace
         if not outcome.killed:
             verdict, text, *known = outcome.value
@@ -169,7 +170,7 @@ def test_an_overlay_keeps_every_earlier_edit(
         after = faults.run(scenarios.edit_captions, str(folder), 3).value
         assert after[0] == "written"
         assert set(earlier) | {"3.png", "3-b.png"} <= set(after[2:])
-    record(2, "edited captions: errors, short writes and kills at every call", str(tally))
+    record(2, "edited captions: errors, short writes and kills", str(tally))
 
 
 def test_a_cache_that_cannot_be_written_never_ends_a_run(
@@ -187,7 +188,7 @@ def test_a_cache_that_cannot_be_written_never_ends_a_run(
             assert outcome.value["loaded"] in (3.0, False)
             assert outcome.value["again"] in (3.0, False)
         assert faults.run(scenarios.cache_tensor, str(folder), 3.0).value == {"loaded": 3.0, "again": 3.0}
-    record(2, "cache of latents and prompts: errors, short writes and kills at every call", str(tally))
+    record(2, "cache of latents and prompts: errors, short writes and kills", str(tally))
 
 
 def test_a_scan_cache_that_cannot_be_written_is_done_without(
@@ -206,7 +207,7 @@ def test_a_scan_cache_that_cannot_be_written_is_done_without(
         if not outcome.killed:
             assert outcome.value == [True, True]
         assert faults.run(scenarios.remember_facts, str(folder), str(pictures)).value == [True, True]
-    record(2, "scan cache: errors, short writes and kills at every call", str(tally))
+    record(2, "scan cache: errors, short writes and kills", str(tally))
 
 
 def test_an_export_is_the_old_file_or_the_proved_new_one(
@@ -232,7 +233,7 @@ def test_an_export_is_the_old_file_or_the_proved_new_one(
         for path in export.glob(".*"):
             assert outcome.killed or spoil.forever or outcome.spoilt[0].startswith("unlink"), f"{path} is left"
             path.unlink()
-    record(2, "export: errors, short writes and kills at every call", str(tally))
+    record(2, "export: errors, short writes and kills", str(tally))
 
 
 def test_the_probe_of_a_folder_leaves_nothing(
@@ -249,4 +250,4 @@ def test_the_probe_of_a_folder_leaves_nothing(
             told_in_words(outcome, folder)
         if leftovers(folder):
             assert outcome.killed or spoil.forever or outcome.spoilt[0].startswith("unlink")
-    record(2, "probe of the output folder: errors and kills at every call", str(tally))
+    record(2, "probe of the output folder: errors, short writes and kills", str(tally))
