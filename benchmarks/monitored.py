@@ -19,8 +19,8 @@ from textual.app import App
 
 from lorasmith.engine.commands import Command
 from lorasmith.engine.events import Event
-from lorasmith.tui.screens.monitor import MonitorScreen
 from lorasmith.tui.screen_host import run_app
+from lorasmith.tui.screens.monitor import MonitorScreen
 from lorasmith.tui.theme import THEME
 
 WARM_UP_SECONDS = 6.0
