@@ -152,7 +152,8 @@ class _Fold:
         if isinstance(waiting, Paused):
             return replace(summary, state="paused", since=waiting.time, message=waiting.reason)
         if waiting is not None:
-            message = f"{waiting.freed_gib:.1f} GiB of the card are free for others."
+            freed = waiting.freed_gib
+            message = f"{freed:.1f} GiB of the card are free for others." if freed else ""
             return replace(summary, state="parked", since=waiting.time, message=message)
         return summary
 

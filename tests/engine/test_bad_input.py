@@ -229,7 +229,7 @@ def test_an_output_folder_that_cannot_be_written(tiny: TinyRun, tmp_path: Path, 
 def test_too_little_space_is_said_before_the_first_step(
     tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, refused: Any
 ) -> None:
-    monkeypatch.setattr("lorasmith.engine.storage.free_bytes", lambda path: 100_000)
+    monkeypatch.setattr("lorasmith.engine.disk_plan.free_bytes", lambda path: 100_000)
     ended = refused(tiny.args(), 7)
     assert "Not enough disk space" in ended.error["what"]
     assert "97.7 KiB are free" in ended.error["what"]
