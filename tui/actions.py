@@ -78,6 +78,9 @@ ACTIONS: tuple[UserAction, ...] = (
     UserAction("all", "settings", "a", "toggle_all", "All settings", "Show all settings, or the important ones.", True),
     UserAction("copy", "review", "y", "copy_command", "Copy", "Copy the command that trains the same.", True),
     UserAction("copy-file", "review", "t", "copy_toml", "Copy TOML", "Copy the run file.", True),
+    UserAction(
+        "queue", "review", "a", "add_to_queue", "Add to queue", "Have `lorasmith queue run` train it later.", True
+    ),
     UserAction("in-tmux", "review", "x", "in_tmux", "Start inside tmux", "Go on inside tmux, where SSH may drop."),
     UserAction("close", "tool", "escape", "close", "Back", "Go back; what was edited is kept.", True),
     UserAction("tool-help", "tool", "f1,question_mark", "help", "Help", "Explain this screen and list its keys.", True),

@@ -173,6 +173,22 @@ def start_session(resolved: ResolvedConfig, tell: Tell) -> Any:
     return session
 
 
+def queue_run(resolved: ResolvedConfig) -> str:
+    """Make the run folder, put the run at the end of the queue, and return how it goes on, in words."""
+    from lorasmith.engine.preflight import require_ready
+    from lorasmith.engine.run_folder import create_run
+    from lorasmith.engine.run_queue import RunQueue, entry_state
+
+    require_ready(resolved.config)
+    queue = RunQueue()
+    queue.add(create_run(resolved))
+    waiting = sum(entry_state(entry).status == "waiting" for entry in queue.entries())
+    words = "1 run waits" if waiting == 1 else f"{waiting} runs wait"
+    if queue.work.holder() is None:
+        return f"{words}. Start with: lorasmith queue run"
+    return f"{words}; its worker takes them in turn."
+
+
 def recommend(
     draft: Draft, hardware: HardwareSnapshot | None, base: FoundBase | None, dataset: FoundDataset | None
 ) -> list[Advice]:
@@ -232,6 +248,7 @@ class Probes:
     checks: Callable[..., Checked] = find_checks
     tokenizers: Callable[..., list[Any]] = find_tokenizers
     start: Callable[..., Any] = start_session
+    queue: Callable[[ResolvedConfig], str] = queue_run
     runs: Callable[..., list[FoundRun]] = find_runs
     resume: Callable[..., tuple[Any, Any]] = resume_session
     plan: Callable[..., Plan] = find_plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shlex
 from typing import TYPE_CHECKING, ClassVar
@@ -18,10 +19,12 @@ from lorasmith.tui.actions import bindings
 from lorasmith.tui.clipboard import copy_text
 from lorasmith.tui.disconnect import disconnect_words, ends_at_logout, find_tmux, is_unprotected
 from lorasmith.tui.draft import PAGES, state_folder
+from lorasmith.tui.edits import told_in_words
 from lorasmith.tui.fields import label_of
 from lorasmith.tui.forms import Status, told
 from lorasmith.tui.screens.page import WizardPage
 from lorasmith.tui.text import safe_str, safe_text
+from lorasmith.tui.while_open import while_open
 
 if TYPE_CHECKING:
     from lorasmith.engine.run_file import ResolvedConfig
@@ -36,7 +39,7 @@ class ReviewPage(WizardPage):
     BINDINGS: ClassVar[list[BindingType]] = [*bindings("review")]
     HELP_TEXT: ClassVar[str] = (
         "Everything that will be trained, as the run file that `lorasmith train` takes. y copies the command, "
-        "t the file.\n\n"
+        "t the file. a adds the run to the queue, which `lorasmith queue run` trains one by one.\n\n"
         "Start makes a run folder and begins. While problems are listed, Enter on one leads to its field."
     )
 
@@ -214,6 +217,22 @@ class ReviewPage(WizardPage):
             self.wizard.start(resolved)
             self.refresh_page()
         return False
+
+    def action_add_to_queue(self) -> None:
+        """Make the run and put it at the end of the queue instead of training it now."""
+        resolved = self._resolved()
+        if resolved is None or self.wizard.known.problems() or self._pending():
+            self.hint("The run can be added when everything was checked and nothing is left to solve.")
+            return
+        self.run_worker(while_open(self, self._add_to_queue(resolved)), exclusive=True, group="queue")
+
+    async def _add_to_queue(self, resolved: ResolvedConfig) -> None:
+        try:
+            words = await asyncio.to_thread(self.wizard.probes.queue, resolved)
+        except LorasmithError as error:
+            self.notify(safe_str(told_in_words(error)), title="Not added", severity="error", markup=False)
+        else:
+            self.notify(safe_str(words), title="Added to the queue", markup=False)
 
     @on(OptionList.OptionSelected, "#problems")
     def _problem_taken(self, event: OptionList.OptionSelected) -> None:
