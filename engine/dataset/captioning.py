@@ -179,5 +179,5 @@ def _try_caption(item: ImageItem, captioner: Captioner) -> tuple[str, str]:
 
 def tidy_caption(text: str) -> str:
     """Return a model's answer as one line without control characters."""
-    one_line = " ".join(text.split())
-    return "".join(character for character in one_line if unicodedata.category(character) not in ("Cc", "Cs")).strip()
+    shown = (each for each in text if each.isspace() or unicodedata.category(each) not in ("Cc", "Cs"))
+    return " ".join("".join(shown).split())

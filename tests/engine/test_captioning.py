@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -294,6 +294,7 @@ def test_what_a_person_edits_while_the_model_is_at_work_stays(tmp_path: Path) ->
 
 
 @given(st.text())
+@example("0 \x1b\r0")
 def test_a_caption_is_one_line_that_a_terminal_can_show(text: str) -> None:
     tidy = tidy_caption(text)
     assert tidy == tidy_caption(tidy) == tidy.strip()

@@ -32,6 +32,7 @@ from lorasmith.engine.run_folder import RunFolder
 from lorasmith.engine.tensor_file import OneByOne, write_one_by_one
 from lorasmith.engine.training_parts import TrainingParts
 from tests.engine.running import RecordingHost, new_run, run_training, texts, tiny_config
+from tests.faults.sampling import sampled
 from tests.faults.shortage import CPU, ERRORS, GPU, FailAt, Shortage
 from tests.tiny import tiny_pictures
 
@@ -150,12 +151,10 @@ EXACT = {"load", "preview", "save"}
 """Elsewhere another batch size changes the last bits."""
 
 
-@pytest.mark.parametrize("kind", ERRORS)
+@pytest.mark.parametrize("kind", sampled(ERRORS, ["gpu"]))
 def test_every_phase_goes_on_with_less(
     kind: str, tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, campaign: bool, record: Record
 ) -> None:
-    if not campaign and kind != "gpu":
-        pytest.skip("the other kinds of errors are for `make faults`")
     config = tiny_config(
         tiny_sd15,
         tmp_path,
@@ -310,17 +309,14 @@ def test_the_batch_is_halved_until_it_fits(tiny_sd15: Path, tmp_path: Path, monk
     assert len(host.of(MemoryReduced)) == count
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", sampled([0.0, 0.3], [0.3]))
 def test_a_resumed_run_starts_on_the_rung_it_had_reached_and_is_exact_to_the_bit(
     dropout: float,
     tiny_sd15: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    campaign: bool,
     record: Record,
 ) -> None:
-    if not campaign and not dropout:
-        pytest.skip("a run without dropout is for `make faults`")
     config = tiny_config(
         tiny_sd15,
         tmp_path,

@@ -10,6 +10,7 @@ import pytest
 
 from lorasmith.engine.events import Logged
 from tests.faults.hosted import HostedRun, wait_until
+from tests.faults.sampling import sampled
 from tests.faults.screen_crashes import CRASHES
 from tests.faults.test_signals import require_given_back
 from tests.tui.terminal_program import TerminalProgram
@@ -31,12 +32,10 @@ def crash(tmp_path: Path) -> Iterator[Crash]:
         run.close()
 
 
-@pytest.mark.parametrize("name", list(CRASHES))
+@pytest.mark.parametrize("name", sampled(CRASHES, SAMPLE))
 def test_a_crash_of_the_screen_leaves_the_training_running_and_says_how_to_see_it(
-    crash: Crash, name: str, campaign: bool, record: Callable[[int, str, str], None]
+    crash: Crash, name: str, record: Callable[[int, str, str], None]
 ) -> None:
-    if not campaign and name not in SAMPLE:
-        pytest.skip("a sample is enough here; `make faults` does all")
     run = crash(name, steps=150)
     if name == "key":
         run.wait_for_steps()

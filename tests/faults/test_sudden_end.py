@@ -330,11 +330,10 @@ def test_an_address_space_that_is_really_too_small_ends_in_words(
     record(9, "address space really limited: ended with words and exit code 6", "1 of 1")
 
 
+@pytest.mark.campaign
 def test_an_address_space_that_is_really_tight_is_got_by_with(
-    tiny_sd15: Path, large_pictures: Path, campaign: bool, record: Record
+    tiny_sd15: Path, large_pictures: Path, record: Record
 ) -> None:
-    if not campaign:
-        pytest.skip("the search for the limit that the ladder gets by with is for `make faults`")
     for left in range(32, 80, 8):
         status, printed = program(tiny_sd15, large_pictures, "limit", str(left << 20))
         if status in (-signal.SIGSEGV, -signal.SIGABRT):
