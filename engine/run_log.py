@@ -6,6 +6,7 @@ a library that warns at every step must not fill the disk over days.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import logging.handlers
@@ -16,6 +17,7 @@ import threading
 from collections.abc import Mapping
 from io import TextIOWrapper
 from pathlib import Path
+from types import FrameType
 
 LIBRARIES = ("transformers", "diffusers", "bitsandbytes", "accelerate", "peft", "huggingface_hub")
 QUIET_ENVIRONMENT: Mapping[str, str] = {
@@ -140,6 +142,16 @@ _open_logs: dict[Path, _BoundedHandler] = {}
 class _PlainFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return plain_text(super().format(record))
+
+
+def write_stacks(number: int, frame: FrameType | None) -> None:
+    """Handle a signal: write the stacks of all threads to the descriptor 2, behind which is the log.
+
+    Not by `faulthandler.register`, which follows the stacks of running threads without the interpreter lock: a hundred
+    signals in a row crashed every training that they were tried on.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        faulthandler.dump_traceback(file=2, all_threads=True)
 
 
 def plain_text(text: str) -> str:

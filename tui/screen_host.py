@@ -7,7 +7,6 @@ and end with code 130; the second ends at once.
 
 from __future__ import annotations
 
-import faulthandler
 import logging
 import os
 import signal
@@ -23,6 +22,7 @@ from lorasmith.engine.commands import Command
 from lorasmith.engine.end_notice import terminal_notice
 from lorasmith.engine.errors import EXIT_STOPPED
 from lorasmith.engine.events import Event, Logged, RunEnded
+from lorasmith.engine.run_log import write_stacks
 from lorasmith.engine.stopping import Stopping, tell_loss
 from lorasmith.tui.driver import SafeDriver
 from lorasmith.tui.terminal import Terminal, prepare_terminal
@@ -91,7 +91,7 @@ class SignalHandlers:
         for number in (signal.SIGTSTP, signal.SIGCONT):
             signal.signal(number, _go_on)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
+        signal.signal(signal.SIGUSR2, write_stacks)
 
     def tty_lost(self) -> None:
         """End the screen, which can no longer be drawn; the training goes on."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ from lorasmith.engine.end_notice import terminal_notice, tmux_passes_through
 from lorasmith.engine.errors import EXIT_STOPPED
 from lorasmith.engine.events import Logged
 from lorasmith.engine.patient_stream import PatientStream
+from lorasmith.engine.run_log import write_stacks
 from lorasmith.engine.running_clock import clock_stopped
 from lorasmith.engine.stopping import Stopping, tell_loss
 from lorasmith.engine.stray_output import stray_output
@@ -147,15 +147,14 @@ class Hosting:
             signal.SIGHUP: self._hang_up,
             signal.SIGTSTP: self._suspend_soon,
             signal.SIGUSR1: self._save,
+            signal.SIGUSR2: write_stacks,
             # A background job whose terminal has `stty tostop` would be stopped at its first line.
             signal.SIGTTOU: signal.SIG_IGN,
         }
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
         try:
             yield
         finally:
-            faulthandler.unregister(signal.SIGUSR2)
             for number, handler in before.items():
                 signal.signal(number, handler)
 

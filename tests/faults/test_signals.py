@@ -215,6 +215,17 @@ def test_a_storm_of_a_hundred_random_signals_changes_nothing(
     record(6, f"storms of 100 random signals survived ({mode})", f"{rounds} of {rounds}")
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_asking_for_all_stacks_a_hundred_times_disturbs_nothing(start: Start, mode: str) -> None:
+    run = start(mode)
+    for _ in range(100):
+        run.signal(signal.SIGUSR2)
+        run.read(0.001)
+    before = len(run.beats())
+    assert run.wait_for(lambda: len(run.beats()) > before + 20)
+    assert run.process.poll() is None
+
+
 def storm(run: HostedRun, dice: random.Random) -> int:
     """Send 100 signals whose default would end or stop the process, and return how many reached it."""
     numbers = [signal.SIGTSTP, signal.SIGCONT, signal.SIGWINCH, signal.SIGPIPE, signal.SIGUSR1, signal.SIGUSR2]

@@ -162,7 +162,8 @@ async def test_a_run_of_another_process_is_watched_and_not_deleted(make_app: Mak
             await pilot.press("enter")
             await until(pilot, lambda: isinstance(app.screen, MonitorScreen))
             assert app.screen.state.step == 120
-            app.screen.bridge.source.close()
+            await pilot.press("q")
+            await until(pilot, lambda: isinstance(app.screen, RunsScreen))
     finally:
         lock.release()
     assert run.run_file.exists()

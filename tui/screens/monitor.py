@@ -7,6 +7,7 @@ one interpreter, and each refresh costs the training up to 9 ms. The engine neve
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,7 +38,7 @@ POLLS_PER_CHART = 4
 
 
 class MonitorScreen(Screen[None]):
-    """Shows `source` and sends it commands; leaving ends the application with the run's exit code.
+    """Shows `source` and sends it commands; leaving ends the application with the run's exit code, or calls `on_leave`.
 
     While a training of this process goes on, leaving asks first: `request_quit` is what the application's quit action
     calls. A run of another process is left without a question: nothing here can end it but the stop command.
@@ -49,9 +50,16 @@ class MonitorScreen(Screen[None]):
     VERTICAL_BREAKPOINTS = [(0, "-short"), (32, "-tall")]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [*KEYS]
 
-    def __init__(self, source: RunSource, resolved: object = None, state: RunState | None = None) -> None:
+    def __init__(
+        self,
+        source: RunSource,
+        resolved: object = None,
+        state: RunState | None = None,
+        on_leave: Callable[[], None] | None = None,
+    ) -> None:
         """Watch `source` from `state` on; `resolved`, the run's settings, is shown by what the events say of it."""
         super().__init__()
+        self._on_leave = on_leave
         self.bridge = Bridge(source, state)
         self.charts_paused = False
         self._asked: Command | None = None
@@ -281,7 +289,9 @@ class MonitorScreen(Screen[None]):
 
     def action_leave(self) -> None:
         """Leave the monitor when the run is over or belongs to another process."""
-        if self.over or self.watching:
+        if self._on_leave is not None:
+            self._on_leave()
+        elif self.over or self.watching:
             self._leave()
 
     def action_request_quit(self) -> None:

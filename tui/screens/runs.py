@@ -208,7 +208,13 @@ class RunsScreen(Screen[None]):
         while source.share_read < 1.0:
             self.say(f"Reading what {run.name} did so far: {100 * source.share_read:.0f} %")
             await asyncio.sleep(READ_SECONDS)
-        self.app.push_screen(MonitorScreen(source, state=source.state))
+
+        def back() -> None:
+            source.close()
+            self.app.pop_screen()
+            self.action_reload()
+
+        self.app.push_screen(MonitorScreen(source, state=source.state, on_leave=back))
 
     def action_extend(self) -> None:
         """Plan more steps for the selected run."""
