@@ -38,7 +38,7 @@ POLLS_PER_CHART = 4
 
 
 class MonitorScreen(Screen[None]):
-    """Shows `source` and sends it commands; leaving ends the application with the run's exit code, or calls `on_leave`.
+    """Shows `source` and sends it commands; leaving ends the application with the run's exit code, or calls `when_left`.
 
     While a training of this process goes on, leaving asks first: `request_quit` is what the application's quit action
     calls. A run of another process is left without a question: nothing here can end it but the stop command.
@@ -55,11 +55,11 @@ class MonitorScreen(Screen[None]):
         source: RunSource,
         resolved: object = None,
         state: RunState | None = None,
-        on_leave: Callable[[], None] | None = None,
+        when_left: Callable[[], None] | None = None,
     ) -> None:
         """Watch `source` from `state` on; `resolved`, the run's settings, is shown by what the events say of it."""
         super().__init__()
-        self._on_leave = on_leave
+        self._when_left = on_leave
         self.bridge = Bridge(source, state)
         self.charts_paused = False
         self._asked: Command | None = None
@@ -289,8 +289,8 @@ class MonitorScreen(Screen[None]):
 
     def action_leave(self) -> None:
         """Leave the monitor when the run is over or belongs to another process."""
-        if self._on_leave is not None:
-            self._on_leave()
+        if self._when_left is not None:
+            self._when_left()
         elif self.over or self.watching:
             self._leave()
 

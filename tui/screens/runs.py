@@ -214,7 +214,7 @@ class RunsScreen(Screen[None]):
             self.app.pop_screen()
             self.action_reload()
 
-        self.app.push_screen(MonitorScreen(source, state=source.state, on_leave=back))
+        self.app.push_screen(MonitorScreen(source, state=source.state, when_left=back))
 
     def action_extend(self) -> None:
         """Plan more steps for the selected run."""
