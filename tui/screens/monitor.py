@@ -38,7 +38,7 @@ POLLS_PER_CHART = 4
 
 
 class MonitorScreen(Screen[None]):
-    """Shows `source` and sends it commands; leaving ends the application with the run's exit code, or calls `when_left`.
+    """Shows `source` and sends it commands; leaving ends the application with its exit code, or calls `when_left`.
 
     While a training of this process goes on, leaving asks first: `request_quit` is what the application's quit action
     calls. A run of another process is left without a question: nothing here can end it but the stop command.
@@ -59,7 +59,7 @@ class MonitorScreen(Screen[None]):
     ) -> None:
         """Watch `source` from `state` on; `resolved`, the run's settings, is shown by what the events say of it."""
         super().__init__()
-        self._when_left = on_leave
+        self._when_left = when_left
         self.bridge = Bridge(source, state)
         self.charts_paused = False
         self._asked: Command | None = None
