@@ -25,6 +25,7 @@ from lorasmith.engine.events import (
     StepsDone,
 )
 from lorasmith.engine.journal import replay
+from lorasmith.engine.resume import settings_before
 from lorasmith.engine.run_folder import RunFolder, is_run
 from lorasmith.engine.run_lock import lock_holder
 
@@ -103,9 +104,16 @@ def summarize_run(run: RunFolder) -> RunSummary:
     except (StorageError, OSError) as error:
         return RunSummary(run, "interrupted", message=str(error))
     if holder is None:
-        return fold.summary
+        return _if_extended(fold.summary)
     pid = holder.get("pid")
     return replace(fold.alive(), process=pid if isinstance(pid, int) else None)
+
+
+def _if_extended(summary: RunSummary) -> RunSummary:
+    """Return a finished run that was extended since then as one that waits to go on."""
+    if summary.state != "finished" or not settings_before(summary.run.path, summary.step).exists():
+        return summary
+    return replace(summary, state="stopped", total_steps=0, message="It was extended; resuming it trains on.")
 
 
 def list_runs(output_folder: Path) -> list[RunSummary]:

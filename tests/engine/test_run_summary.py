@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from lorasmith.engine.events import (
     StepsDone,
 )
 from lorasmith.engine.journal import Journal
+from lorasmith.engine.resume import settings_before
 from lorasmith.engine.run_file import Layer, resolve_config
 from lorasmith.engine.run_folder import RunFolder, create_run
 from lorasmith.engine.run_lock import RunLock
@@ -121,3 +123,13 @@ def test_a_run_that_was_just_taken_up_again_is_not_silent(run: RunFolder) -> Non
     lock = RunLock(run)
     assert summarize_run(run).state == "running"
     lock.release()
+
+
+def test_a_finished_run_that_was_extended_waits_to_go_on(run: RunFolder) -> None:
+    assert tell(run, START, RunEnded(outcome="finished", step=10, message="Done.")).state == "finished"
+    settings_before(run.path, 10).write_text("")
+    summary = summarize_run(run)
+    assert (summary.state, summary.describe()) == ("stopped", "stopped at step 10")
+    assert "extended" in summary.message
+    again = [replace(START, resumed_from=10, total_steps=15), RunEnded(outcome="finished", step=15, message="Done.")]
+    assert tell(run, *again).describe() == "finished"
