@@ -19,6 +19,7 @@ from lorasmith.engine.errors import ConfigError, StorageError
 from lorasmith.engine.run_file import Layer, load_run_file, resolve_config, update_toml
 from lorasmith.engine.run_folder import REMOVING, RunFolder, file_name, is_run, open_run
 from lorasmith.engine.run_lock import RunLock
+from lorasmith.engine.run_queue import RunQueue
 from lorasmith.engine.storage import atomic_write, fsync_folder, readable_size
 
 OUTPUT_FOLDER = Path("runs")
@@ -102,15 +103,17 @@ def rename_run(run: RunFolder, name: str) -> RunFolder:
             run.path.rename(target)
         renamed = RunFolder(target)
         try:
+            RunQueue().follow(run.path, target)
             changes = {"run.name": name}
             if renamed.overlay.exists():
                 changes["dataset.overlay"] = str(renamed.overlay)
             atomic_write(renamed.run_file, update_toml(renamed.run_file.read_text("utf-8"), changes).encode())
             renamed.run_file.chmod(0o600)
             fsync_folder(target.parent)
-        except (OSError, StorageError) as error:
-            with contextlib.suppress(OSError):
+        except (OSError, StorageError, ConfigError) as error:
+            with contextlib.suppress(OSError, StorageError, ConfigError):
                 target.rename(run.path)
+                RunQueue().follow(target, run.path)
             raise _refused(run.path, "rename", error) from error
     return renamed
 
@@ -165,8 +168,8 @@ def _told(path: Path, what: str) -> Iterator[None]:
         raise _refused(path, what, error) from error
 
 
-def _refused(path: Path, what: str, error: OSError | StorageError) -> StorageError:
-    why = f"{error.what} {error.why}".strip() if isinstance(error, StorageError) else error.strerror or str(error)
+def _refused(path: Path, what: str, error: OSError | StorageError | ConfigError) -> StorageError:
+    why = error.strerror or str(error) if isinstance(error, OSError) else f"{error.what} {error.why}".strip()
     return StorageError(f"Cannot {what} {path}.", why=why, fix="Check the permissions and the space of that disk.")
 
 

@@ -190,6 +190,16 @@ class RunQueue:
             content.entries.remove(entry)
             content.entries.insert(place, entry)
 
+    def follow(self, old: Path, new: Path) -> None:
+        """Note that the run folder `old` has another name from now on."""
+        if not self.file.exists():
+            return
+        with self._changing() as content:
+            content.entries[:] = [
+                dataclasses.replace(entry, run=str(new)) if entry.run == str(old) else entry
+                for entry in content.entries
+            ]
+
     def clear(self, *, ended_only: bool = False) -> list[Entry]:
         """Take out and return all entries that nobody works on, or with `ended_only` those that are over."""
         keep = {"running", "waiting"} if ended_only else {"running"}

@@ -16,6 +16,7 @@ from lorasmith.engine.run_actions import delete_run, measure_run, rename_run, re
 from lorasmith.engine.run_file import Layer, resolve_config
 from lorasmith.engine.run_folder import RunFolder, create_run, open_run
 from lorasmith.engine.run_lock import RunLock
+from lorasmith.engine.run_queue import RunQueue
 from lorasmith.engine.run_summary import list_runs
 from lorasmith.engine.storage import storage_error
 
@@ -128,6 +129,21 @@ def test_a_renaming_that_the_disk_refuses_halfway_is_taken_back(
 def test_a_run_folder_that_was_moved_by_hand_finds_its_edited_captions(run: RunFolder, tmp_path: Path) -> None:
     moved = run.path.rename(tmp_path / "moved")
     assert open_run(moved).load_config().config.dataset.overlay == str(moved / "overlay.jsonl")
+
+
+def test_a_renamed_run_keeps_its_place_in_the_queue(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORASMITH_STATE", str(tmp_path / "state"))
+    queue = RunQueue()
+    queue.add(run)
+    renamed = rename_run(run, "dog")
+    assert [entry.folder for entry in queue.entries()] == [renamed]
+    queue.file.write_text("no queue")
+    with pytest.raises(StorageError, match=r"queue\.json is damaged"):
+        rename_run(renamed, "cat")
+    assert renamed.run_file.exists()
+    assert renamed.load_config().config.run.name == "dog"
 
 
 def test_a_renamed_runs_journal_names_files_where_they_are_now(run: RunFolder) -> None:
