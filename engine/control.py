@@ -31,6 +31,7 @@ MAX_CLIENTS = 64
 ACCEPTS_PER_TURN = 16
 CLIENT_SECONDS = 5.0
 CHECK_SECONDS = 5.0
+CONNECT_POLL_SECONDS = 0.02
 REST_PER_WORK = 4.0
 """After each turn the thread rests this many times as long as it worked: a flood must not cost the training much."""
 
@@ -225,7 +226,7 @@ def ask(run: RunFolder, request: dict[str, Any], timeout: float = 2.0) -> dict[s
     """
     data = json.dumps(request).encode("ascii") + b"\n"
     deadline = time.monotonic() + timeout
-    with _connected(run, timeout) as link:
+    with _connected(run, timeout, deadline) as link:
         try:
             link.sendall(data)
             line = _read_line(link, deadline)
@@ -244,14 +245,14 @@ def _refusal(words: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _connected(run: RunFolder, timeout: float) -> Iterator[socket.socket]:
+def _connected(run: RunFolder, timeout: float, deadline: float) -> Iterator[socket.socket]:
     """Yield a connection to the process that works on `run`; it is of this user or of root."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
         link.settimeout(timeout)
         problem: OSError | None = None
         for path in socket_paths(run):
             try:
-                link.connect(os.fspath(path))
+                _connect(link, os.fspath(path), deadline)
             except OSError as error:
                 problem = error if problem is None or not isinstance(error, FileNotFoundError) else problem
                 continue
@@ -260,6 +261,17 @@ def _connected(run: RunFolder, timeout: float) -> Iterator[socket.socket]:
             yield link
             return
         raise _unreachable(run, problem)
+
+
+def _connect(link: socket.socket, path: str, deadline: float) -> None:
+    """Connect, and where many others wait in line, try again until the deadline: the system refuses at once then."""
+    while True:
+        try:
+            return link.connect(path)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(CONNECT_POLL_SECONDS)
 
 
 def _unreachable(run: RunFolder, problem: OSError | None) -> ConfigError | StorageError:

@@ -205,6 +205,30 @@ def test_an_answer_that_is_none_is_said(tmp_path: Path, answer: bytes) -> None:
     lock.release()
 
 
+def test_a_request_waits_its_turn_where_the_line_is_full(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    run = RunFolder(tmp_path / "run")
+    lock, busy = RunLock(run), control_socket.ListeningSocket(run)
+    busy.link.listen(0)
+    busy.link.setblocking(True)
+    waiting = connect(run)
+    good: list[Any] = []
+    asking = threading.Thread(target=lambda: good.append(ask(run, {"request": "ping"}, timeout=20)))
+    asking.start()
+    asking.join(0.2)
+    assert (asking.is_alive(), good) == (True, [])
+    waiting.close()
+    busy.link.accept()[0].close()
+    link, _ = busy.link.accept()
+    with link:
+        link.recv(100)
+        link.sendall(b'{"ok": true}\n')
+    asking.join()
+    assert good == [{"ok": True}]
+    busy.remove()
+    lock.release()
+
+
 KILLED = """
 import sys, time
 from pathlib import Path
