@@ -34,7 +34,7 @@ def describe_event(event: events.Event) -> str:
             )
             return f"Parked at step {event.step}: {freed}"
         case events.NotFinite():
-            return f"The {event.what} of step {event.step} is no number; it is left out ({_names(event.files)})"
+            return f"The {event.what} of step {event.step} is no number; it is left out ({some_names(event.files)})"
         case events.RolledBack():
             return f"Back from step {event.given_up} to step {event.step}: {event.reason}"
         case events.MemoryReduced():
@@ -59,6 +59,6 @@ def _in_run(path: str) -> str:
     return "/".join(PurePath(path).parts[-2:])
 
 
-def _names(files: list[str]) -> str:
-    """Return at most three file names, and how many more there are."""
-    return ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+def some_names(names: list[str], most: int = 3) -> str:
+    """Return at most `most` names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

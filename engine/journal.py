@@ -24,7 +24,7 @@ from typing import Any
 from lorasmith.engine import events
 from lorasmith.engine.errors import StorageError
 from lorasmith.engine.events import SCHEMA_VERSION, CheckpointSaved, Event, HardwareSampled, Logged, RunEnded
-from lorasmith.engine.storage import is_disk_full
+from lorasmith.engine.storage import fsync_folder, is_disk_full
 
 HEADER = "JournalHeader"
 SYNC_SECONDS = 1.0
@@ -112,7 +112,7 @@ class Journal:
         header = {"event": HEADER, "schema": SCHEMA_VERSION, "time": time.time()}
         self._waiting.append(_dump(header))
         self._flush()
-        _sync_folder(self.path.parent)
+        fsync_folder(self.path.parent)
 
     def _flush(self) -> bool:
         while self._waiting:
@@ -336,14 +336,6 @@ def _cut_torn_line(fd: int) -> None:
         end = start
     if end != size:
         os.ftruncate(fd, end)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _unwritable(path: Path, error: OSError) -> StorageError:

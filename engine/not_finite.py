@@ -15,6 +15,7 @@ import torch
 from lorasmith.engine.checkpoints import Checkpoint, newest_checkpoint
 from lorasmith.engine.compute import has_bf16
 from lorasmith.engine.errors import TrainingError
+from lorasmith.engine.event_words import some_names
 from lorasmith.engine.events import Logged, NotFinite, RolledBack
 from lorasmith.engine.resume import is_extended
 from lorasmith.engine.saving import Saver
@@ -24,7 +25,6 @@ from lorasmith.engine.training_parts import TrainingParts
 
 RATE_FACTOR = 0.25
 """How much lower a proposed learning rate or gradient limit is."""
-_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def propose(parts: TrainingParts, error: NotFiniteError) -> Change:
     config = parts.config
     pictures = [] if error.weights else _suspects(parts, error.events)
     if pictures:
-        return Change(f"Leave out {_listed(pictures)}: every bad step has it in its batch, and no good step nearby.")
+        return Change(f"Leave out {some_names(pictures)}: every bad step has it in its batch, and no good step nearby.")
     if parts.learner.family.dtype == torch.float16:
         precision = "bf16" if has_bf16(parts.learner.family.device) else "fp32"
         words = f"Compute in {precision}, whose numbers reach further than those of fp16."
@@ -120,7 +120,7 @@ def _what(error: NotFiniteError) -> str:
 
 
 def _why(error: NotFiniteError, step: int | None, unsaved: str) -> str:
-    pictures = "; ".join(f"{event.step}: {_listed(event.files)}" for event in error.events)
+    pictures = "; ".join(f"{event.step}: {some_names(event.files)}" for event in error.events)
     why = f"Pictures of these steps: {pictures}."
     if error.weights or not pictures:
         why = "Loss and gradient were numbers until then; the step itself went too far."
@@ -150,7 +150,3 @@ def _steps(events: list[NotFinite]) -> str:
     if len(numbers) < 2:
         return f"step {''.join(numbers)}"
     return f"steps {', '.join(numbers[:-1])} and {numbers[-1]}"
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

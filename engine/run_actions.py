@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorasmith.engine.errors import ConfigError, StorageError
+from lorasmith.engine.event_words import some_names
 from lorasmith.engine.run_file import Layer, load_run_file, resolve_config, update_toml
 from lorasmith.engine.run_folder import REMOVING, RunFolder, file_name, is_run, open_run
 from lorasmith.engine.run_lock import RunLock
@@ -23,6 +24,8 @@ from lorasmith.engine.run_queue import RunQueue
 from lorasmith.engine.storage import atomic_write, fsync_folder, readable_size
 
 OUTPUT_FOLDER = Path("runs")
+NAMED = 8
+"""How many candidates a refusal names."""
 _WHEN_MADE = re.compile(r"-\d{8}-\d{6}(-\d+)?$")
 """The end of a run folder's name, which stays when it is renamed."""
 
@@ -43,12 +46,12 @@ def resolve_run(text: str, output_folder: Path = OUTPUT_FOLDER) -> RunFolder:
     if fitting:
         raise ConfigError(
             f"{text} may mean {len(fitting)} runs in {output_folder}.",
-            why=f"They are {_listed(fitting)}.",
+            why=f"They are {some_names(fitting, most=NAMED)}.",
             fix="Give more of the name.",
         )
     raise ConfigError(
         f"No run in {output_folder} is named {text}, or begins so.",
-        why=f"There are {_listed(names)}." if names else "There is no run in that folder.",
+        why=f"There are {some_names(names, most=NAMED)}." if names else "There is no run in that folder.",
         fix="Give the run's folder, or the name that `lorasmith runs` shows.",
     )
 
@@ -144,11 +147,6 @@ def _run_names(output_folder: Path) -> list[str]:
         return sorted(path.name for path in output_folder.expanduser().iterdir() if is_run(path))
     except OSError:
         return []
-
-
-def _listed(names: list[str], limit: int = 8) -> str:
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
 @contextlib.contextmanager

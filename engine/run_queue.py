@@ -18,13 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import platformdirs
-
 from lorasmith.engine.errors import ConfigError, StorageError
 from lorasmith.engine.run_folder import RunFolder
 from lorasmith.engine.run_lock import lock_holder, process_mark
 from lorasmith.engine.run_summary import RunSummary, summarize_run
-from lorasmith.engine.storage import atomic_write
+from lorasmith.engine.storage import atomic_write, state_folder
 
 VERSION = 1
 LOCK_SECONDS = 10.0
@@ -113,11 +111,6 @@ def journal_size(run: RunFolder) -> int:
         return run.journal.stat().st_size
     except OSError:
         return 0
-
-
-def state_folder() -> Path:
-    """Return where the queue lies, beside the wizard's drafts: $LORASMITH_STATE, else the user's state folder."""
-    return Path(os.environ.get("LORASMITH_STATE") or platformdirs.user_state_dir("lorasmith"))
 
 
 @dataclass(frozen=True)

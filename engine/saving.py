@@ -11,9 +11,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from lorasmith.engine.checkpoint_proof import step_of
 from lorasmith.engine.checkpoints import folder_bytes, prune_checkpoints, save_checkpoint
 from lorasmith.engine.commands import Command
 from lorasmith.engine.compute import package_versions
@@ -153,7 +153,7 @@ class Saver:
         try:
             parts.emit(CheckpointSaved(step=step, path=str(path), bytes=folder_bytes(path), seconds=seconds))
             for old in prune_checkpoints(folder, parts.config.checkpoints.keep):
-                parts.emit(CheckpointPruned(step=_step_of(old), path=str(old)))
+                parts.emit(CheckpointPruned(step=step_of(old), path=str(old)))
         except (OSError, StorageError) as error:
             # The new checkpoint is safe; an old one more is no reason to end a run.
             message = f"Old checkpoints could not be removed from {folder}: {error}"
@@ -209,7 +209,3 @@ def _waiting(error: StorageError) -> str:
 def require_finite_weights(parts: TrainingParts) -> None:
     """Raise NotFiniteError where a weight of the adapter is no number: such weights are never written."""
     parts.meter.require_finite_weights(parts.step)
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.rpartition("-")[2])

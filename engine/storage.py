@@ -46,6 +46,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LORASMITH_CACHE") or platformdirs.user_cache_dir("lorasmith"))
 
 
+def state_folder() -> Path:
+    """Return the folder of drafts, the queue and the wizard's log: $LORASMITH_STATE, or the user's state folder."""
+    return Path(os.environ.get("LORASMITH_STATE") or platformdirs.user_state_dir("lorasmith"))
+
+
 def fsync_folder(folder: Path) -> None:
     """Make the names in `folder` survive a power cut; does nothing where folders cannot be synced."""
     if hasattr(os, "O_DIRECTORY"):

@@ -220,13 +220,11 @@ def from_json(text: str) -> Draft | None:
 
 
 def state_folder() -> Path:
-    """Return where drafts and the wizard's log live: $LORASMITH_STATE, else the user's state folder."""
-    chosen = os.environ.get("LORASMITH_STATE")
-    if chosen:
-        return Path(chosen)
-    import platformdirs
+    """Return where drafts and the wizard's log live (`engine.storage.state_folder`)."""
+    # Imported late: the first page comes before the hashes and folders that the engine's module imports.
+    from lorasmith.engine import storage
 
-    return platformdirs.user_state_path("lorasmith")
+    return storage.state_folder()
 
 
 def draft_path() -> Path:

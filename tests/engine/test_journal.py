@@ -97,6 +97,15 @@ def test_losses_that_are_not_finite_survive_as_strict_json(path: Path) -> None:
     assert event.losses[1:] == [math.inf, -math.inf, 0.5]
 
 
+def test_a_disk_that_cannot_sync_folders_takes_a_journal(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(fd: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write(path, Logged(severity="info", message="x"))
+    assert [event.message for event in replay(path) if isinstance(event, Logged)] == ["x"]
+
+
 @pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
 def test_jq_reads_the_journal(path: Path) -> None:
     write(path, steps_done(3, math.nan), Logged(severity="info", message="\udcff \x00 NaN"))
