@@ -8,229 +8,24 @@ writes them and knows every value's origin.
 
 from __future__ import annotations
 
-import shlex
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
+
+from lorasmith.engine.config_data import BaseSettings as BaseSettings
+from lorasmith.engine.config_data import CaptionSettings as CaptionSettings
+from lorasmith.engine.config_data import DatasetSettings as DatasetSettings
+from lorasmith.engine.config_data import Probability as Probability
+from lorasmith.engine.config_data import RunSettings as RunSettings
+from lorasmith.engine.config_data import Section as Section
+from lorasmith.engine.config_training import AdapterSettings as AdapterSettings
+from lorasmith.engine.config_training import ObjectiveSettings as ObjectiveSettings
+from lorasmith.engine.config_training import OptimizerSettings as OptimizerSettings
+from lorasmith.engine.config_training import ScheduleSettings as ScheduleSettings
+from lorasmith.engine.config_training import TrainSettings as TrainSettings
+from lorasmith.engine.config_training import ValidationSettings as ValidationSettings
 
 CONFIG_VERSION: Final = 1
-
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=1, le=10_000_000)]
-Rate = Annotated[float, Field(gt=0.0, le=10.0)]
-
-
-class Section(BaseModel):
-    """A table of the run file: unknown keys are refused, values are never converted from strings."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, use_attribute_docstrings=True)
-
-    @field_validator("*", mode="after")
-    @classmethod
-    def _check_text(cls, value: Any) -> Any:
-        """Refuse what neither a path nor a run file can hold: NUL, and names that are not UTF-8."""
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text):
-                raise ValueError("must be text in UTF-8 without NUL characters")
-        return value
-
-
-class RunSettings(Section):
-    """Where the run lives."""
-
-    name: Annotated[str, Field(min_length=1, max_length=100)] = "my-lora"
-    """Name of the run and of the LoRA file."""
-    output_folder: Annotated[str, Field(min_length=1)] = "runs"
-    """Folder in which the run folder is made; relative to the current folder."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
-    """Every random choice of the run follows from this number."""
-    on_finish: Annotated[str, Field(max_length=2000)] = ""
-    """Command to start when the run has ended, such as `notify-send "LoRA ready"`; no shell. It finds the outcome in
-    LORASMITH_OUTCOME, LORASMITH_RUN, LORASMITH_STEP, LORASMITH_MESSAGE and LORASMITH_LORA. Empty: none."""
-
-    @field_validator("on_finish", mode="after")
-    @classmethod
-    def _check_command(cls, value: str) -> str:
-        try:
-            shlex.split(value)
-        except ValueError as error:
-            raise ValueError(f"is no command line ({str(error).lower()}): close every quote") from None
-        return value
-
-
-class BaseSettings(Section):
-    """Which model the LoRA is trained for."""
-
-    model: str = ""
-    """A Hub id such as `stable-diffusion-v1-5/stable-diffusion-v1-5`, a diffusers folder, one `.safetensors` file, or
-    `demo` for the embedded base model."""
-    family: str = "auto"
-    """The base model family; `auto` recognises it from the files."""
-    revision: str = "main"
-    """Branch, tag or commit on the Hub."""
-    prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
-    """What the denoiser predicts; `auto` takes it from the model's own files."""
-
-
-class DatasetSettings(Section):
-    """The pictures."""
-
-    folder: str = ""
-    """Folder with the pictures and their captions, a ZIP archive of one, or a Kohya dataset file (.toml); it is only
-    read, never written to. Sub-folders named `10_name` repeat their pictures 10 times an epoch."""
-    more_folders: list[Annotated[str, Field(min_length=1)]] = []
-    """Further datasets of the same run, each like dataset.folder."""
-    weights: list[Annotated[float, Field(gt=0.0, le=100.0)]] = []
-    """How often a picture of each dataset is used beside those of the others: dataset.folder first, then
-    dataset.more_folders in order. Empty: all alike."""
-    regularization_folder: str = ""
-    """Folder with ordinary pictures of the same class, captioned without the trigger, that keep the LoRA from changing
-    prompts without it. Empty: none."""
-    overlay: str = ""
-    """File with edited captions and left-out pictures (JSON lines), which count instead of the pictures' own caption
-    files; lorasmith writes it. Empty: none."""
-    resolution: Annotated[int, Field(ge=64, le=2048, multiple_of=64)] = 512
-    """Training resolution in pixels: pictures are scaled to about this many pixels squared."""
-    more_resolutions: list[Annotated[int, Field(ge=64, le=2048, multiple_of=64)]] = []
-    """Train each picture at these resolutions as well; one that would enlarge it over 1.5 times is left out."""
-    buckets: bool = True
-    """Keep aspect ratios by sorting pictures into buckets; off: crop all pictures to squares."""
-    bucket_step: Annotated[int, Field(ge=8, le=256, multiple_of=8)] = 64
-    """Bucket sides are multiples of this many pixels."""
-    crop: Literal["center", "random"] = "center"
-    """What stays of a picture that does not fit its bucket: its middle, or another part each time; up to eight parts of
-    each picture are encoded for that."""
-    repeats: Annotated[int, Field(ge=1, le=1000)] = 1
-    """How often each picture is seen in an epoch, on top of a folder's own repeats."""
-    flip: bool = False
-    """Also train on mirrored pictures; wrong for faces, text and anything with a left and a right."""
-    missing_captions: Literal["ask", "trigger", "filename", "folder", "exclude"] = "ask"
-    """What to do with pictures that have no caption: stop and ask, use the trigger alone, the file's name, the name in
-    a folder such as `10_name`, or leave them out."""
-    alpha_background: Literal["white", "gray", "black", "checker"] = "white"
-    """What shows through transparent pictures; `checker` is a checkerboard drawn for each picture, so that no one
-    background is learnt."""
-    masks: Literal["files", "alpha", "off"] = "files"
-    """Where masks come from that say which part of a picture is learnt (white: learn it): files (`NAME-masklabel.png`,
-    or the same name in a folder `mask` or `masks`), these and the transparency of pictures, or nowhere."""
-
-
-class CaptionSettings(Section):
-    """What the text encoder reads."""
-
-    trigger: str = ""
-    """The word that calls the LoRA; put once and first in every caption. A rare word of letters works best."""
-    shuffle: bool = False
-    """Shuffle the comma-separated tags after the kept ones, anew each time."""
-    keep_tokens: Annotated[int, Field(ge=0, le=100)] = 1
-    """How many tags at the start stay in place when shuffling; the trigger always does."""
-    dropout: Probability = 0.0
-    """Share of captions replaced by the trigger alone, so that the trigger learns what captions leave out."""
-    tag_dropout: Probability = 0.0
-    """Share of comma-separated tags left out, anew each time; the kept ones and the trigger always stay."""
-    prefix: Annotated[str, Field(max_length=1000)] = ""
-    """Text before every caption, after the trigger; a space is put between, so end it with a comma for tags."""
-    suffix: Annotated[str, Field(max_length=1000)] = ""
-    """Text after every caption."""
-    lines: Literal["join", "choose"] = "join"
-    """A caption file of several lines: one caption, or one caption a line of which each use draws one."""
-    wildcards: bool = False
-    """Draw one of the choices in `{red|green|blue}` for each use."""
-
-
-class AdapterSettings(Section):
-    """The LoRA itself."""
-
-    kind: Literal["lora", "locon"] = "lora"
-    """`lora` adapts linear layers; `locon` also convolutions, for textures and styles."""
-    rank: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Size of the LoRA: more can hold more and overfits sooner."""
-    alpha: Annotated[float, Field(gt=0.0, le=4096.0)] = 16.0
-    """Strength: the change is scaled by alpha / rank."""
-    conv_rank: Annotated[int, Field(ge=1, le=1024)] = 8
-    """Rank of the convolution layers (`locon` only)."""
-    conv_alpha: Annotated[float, Field(gt=0.0, le=4096.0)] = 8.0
-    """Alpha of the convolution layers (`locon` only)."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of LoRA inputs dropped in training."""
-    targets: Literal["attention", "attention-mlp"] = "attention"
-    """Which layers are adapted: attention only, or attention and the feed-forward layers."""
-    text_encoder: bool = False
-    """Train the text encoder too; costs memory, since prompts cannot be cached."""
-    text_encoder_learning_rate: Rate = 5e-5
-    """Learning rate of the text encoder's LoRA."""
-
-
-class OptimizerSettings(Section):
-    """How weights are updated."""
-
-    name: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "lion"] = "adamw"
-    """`adamw8bit` saves memory; `prodigy` finds its own learning rate (set learning_rate to 1)."""
-    learning_rate: Rate = 1e-4
-    """Step size at the top of the schedule."""
-    weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
-    """How strongly weights are pulled to zero."""
-    lora_plus_ratio: Annotated[float, Field(ge=1.0, le=64.0)] = 1.0
-    """LoRA+: learning rate of the up matrices over that of the down ones (Hayou et al., arXiv:2402.12354); 1: off."""
-    max_grad_norm: Annotated[float, Field(ge=0.0, le=100.0)] = 1.0
-    """Gradients longer than this are shortened to it; 0: never."""
-
-
-class ScheduleSettings(Section):
-    """How the learning rate changes over the run."""
-
-    name: Literal["constant", "linear", "cosine", "cosine_restarts"] = "constant"
-    """Shape after the warm-up."""
-    warmup_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 0
-    """Steps over which the learning rate rises from zero."""
-    restarts: Annotated[int, Field(ge=1, le=100)] = 3
-    """Number of cosine periods (`cosine_restarts` only)."""
-    start_step: Annotated[int, Field(ge=0, le=10_000_000)] = 0
-    """Step after which the shape, warm-up included, begins; until then the rate is full. `lorasmith runs extend` sets
-    it to plan the rest of a run anew."""
-
-
-class ObjectiveSettings(Section):
-    """What the denoiser learns from each noisy picture."""
-
-    min_snr_gamma: Annotated[float, Field(ge=0.0, le=50.0)] = 0.0
-    """Min-SNR weighting (Hang et al., arXiv:2303.09556), usually 5; 0: off."""
-    noise_offset: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Adds a constant to each channel's noise so that very dark and bright pictures are learnt; 0: off."""
-    prior_weight: Annotated[float, Field(ge=0.0, le=10.0)] = 1.0
-    """Weight of regularization pictures in the loss."""
-    unmasked_weight: Probability = 0.1
-    """Weight of what a picture's mask leaves out in the loss; 0: it is not learnt at all."""
-
-
-class TrainSettings(Section):
-    """The loop."""
-
-    steps: Count = 1000
-    """Optimizer steps in the whole run."""
-    batch_size: Annotated[int, Field(ge=1, le=256)] = 1
-    """Pictures in memory at once."""
-    gradient_accumulation: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Batches added up before each optimizer step: the same effect as a larger batch, without its memory."""
-    gradient_checkpointing: bool = False
-    """Save memory by computing activations twice; about a third slower."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Number format of the frozen weights and the computation; the LoRA itself is always kept in fp32."""
-    device: str = "auto"
-    """`auto`, `cpu`, `cuda`, or a GPU's UUID as `lorasmith doctor` lists it."""
-    log_every: Annotated[int, Field(ge=1, le=1000)] = 10
-    """Steps between two readings of the loss; reading waits for the GPU, so not every step."""
-    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Keep a running average of the LoRA's weights, which previews and the exported file then use; 0.99 averages over
-    about the last 100 steps. Checkpoints hold both. 0: off."""
-    loader_workers: Annotated[int, Field(ge=0, le=16)] = 0
-    """Threads that prepare batches ahead; 0: each batch is made when it is needed. The result is the same. Pictures are
-    encoded beforehand and a batch of them takes under a thousandth of a second, so expect no gain."""
-    deterministic: bool = False
-    """Use only GPU kernels that give the same bits each time; slower."""
-    not_finite: Literal["skip", "stop"] = "skip"
-    """A step whose loss or gradient is no number: leave it out, and give up at the third within twenty steps (`skip`),
-    or give up at once (`stop`). The last good state is restored and saved either way."""
 
 
 class CheckpointSettings(Section):
@@ -254,10 +49,11 @@ class PreviewSettings(Section):
     """What not to draw."""
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=64)] = [1]
     """Each prompt is drawn once for each seed; the same seeds each time make pictures comparable."""
-    steps: Annotated[int, Field(ge=1, le=200)] = 20
-    """Denoising steps of each picture."""
-    guidance: Annotated[float, Field(ge=0.0, le=30.0)] = 7.0
-    """How strictly the prompt is followed (classifier-free guidance)."""
+    steps: Annotated[int, Field(ge=0, le=200)] = 0
+    """Denoising steps of each picture; 0: as the base model is made for."""
+    guidance: Annotated[float, Field(ge=0.0, le=30.0)] = 0.0
+    """How strictly the prompt is followed (classifier-free guidance, or the base's own); 1: off, 0: as the base model
+    is made for."""
     side: Annotated[int, Field(ge=0, le=2048, multiple_of=8)] = 0
     """Side of the square pictures in pixels; 0: the training resolution."""
 
@@ -265,8 +61,8 @@ class PreviewSettings(Section):
 class ExportSettings(Section):
     """The shareable file."""
 
-    layouts: Annotated[list[Literal["kohya", "diffusers"]], Field(min_length=1)] = ["kohya"]
-    """`kohya` loads in ComfyUI, A1111, Forge and diffusers; `diffusers` in diffusers only."""
+    layouts: Annotated[list[Literal["auto", "kohya", "diffusers", "comfyui"]], Field(min_length=1)] = ["auto"]
+    """Key layouts of the file, one file each; `auto`: the one that most programs load for this base model."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp16"
     """Number format of the file."""
 
@@ -285,6 +81,7 @@ class RunConfig(Section):
     schedule: ScheduleSettings = ScheduleSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
     train: TrainSettings = TrainSettings()
+    validation: ValidationSettings = ValidationSettings()
     checkpoints: CheckpointSettings = CheckpointSettings()
     previews: PreviewSettings = PreviewSettings()
     export: ExportSettings = ExportSettings()

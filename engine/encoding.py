@@ -107,7 +107,7 @@ class Encoder:
     def _tell_size(self, prompts: Sequence[str]) -> bool:
         """Say how much is new and what it takes; return whether the disk has room for it."""
         spec, latents, texts = self.family.spec, LatentCache(), TextCache()
-        vae, text = self.files.fingerprint("vae"), self.files.fingerprint("text_encoder")
+        vae, text = self.files.fingerprint("vae"), self.files.fingerprint(*spec.text_parts)
         settings, samples = self.config.dataset, self.plan.samples
         new = [s for s in samples if not latents.has(latent_key(s, self.family, vae, settings))]
         unread = sum(not texts.has(prompt_key(prompt, self.family, text)) for prompt in prompts)
@@ -149,7 +149,7 @@ class Encoder:
         return cache_prompts(
             prompts,
             self.family,
-            self.files.fingerprint("text_encoder"),
+            self.files.fingerprint(*self.family.spec.text_parts),
             lambda done, total: report("Encoding captions", done, total),
             self.should_stop,
             cache,

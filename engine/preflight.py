@@ -10,7 +10,7 @@ from lorasmith.engine.config import RunConfig
 from lorasmith.engine.dataset.captions import require_trigger
 from lorasmith.engine.dataset.scan import require_folders
 from lorasmith.engine.errors import StorageError
-from lorasmith.engine.sources import is_hub_id, locate_base
+from lorasmith.engine.sources import is_hub_id, locate_configured
 from lorasmith.engine.storage import nearest_existing
 
 
@@ -25,7 +25,7 @@ def require_ready(config: RunConfig) -> None:
     folders = require_folders(config.dataset)
     # What the Hub has is only known by asking it, which the run itself does.
     if not is_hub_id(config.base.model):
-        locate_base(config.base.model)
+        locate_configured(config.base)
     _require_output(Path(config.run.output_folder).expanduser(), folders)
 
 

@@ -102,11 +102,12 @@ def draw_previews(
 
 def preview_parameters(config: RunConfig, family: Family, prompt: str, seed: int, side: int) -> str:
     """Return the lines that A1111 writes into a PNG: prompt with the LoRA, negative prompt, settings."""
+    steps, guidance = drawing(config, family)
     sampler = str(family.noise_schedule.get("_class_name", ""))
     settings = {
-        "Steps": config.previews.steps,
+        "Steps": steps,
         "Sampler": _SAMPLERS.get(sampler, sampler or "unknown"),
-        "CFG scale": f"{config.previews.guidance:g}",
+        "CFG scale": f"{guidance:g}",
         "Seed": seed,
         "Size": f"{side}x{side}",
         "Model": safe_label(config.base.model),
@@ -115,6 +116,14 @@ def preview_parameters(config: RunConfig, family: Family, prompt: str, seed: int
     if config.previews.negative_prompt:
         lines.append(f"Negative prompt: {one_line(config.previews.negative_prompt)}")
     return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in settings.items())])
+
+
+def drawing(config: RunConfig, family: Family) -> tuple[int, float]:
+    """Return the denoising steps and the guidance of previews: the run's, or else what the base model is made for."""
+    from lorasmith.engine.families import usual_drawing
+
+    steps, guidance = usual_drawing(family)
+    return config.previews.steps or steps, config.previews.guidance or guidance
 
 
 def _draw_all(
@@ -130,7 +139,7 @@ def _draw_all(
     from lorasmith.engine.families import DrawSettings, PictureRequest
 
     side = config.previews.side or config.dataset.resolution
-    settings = DrawSettings(config.previews.steps, config.previews.guidance, side, side)
+    settings = DrawSettings(*drawing(config, family), side, side)
     negative = conditionings[config.previews.negative_prompt]
     waiting = planned_pictures(config, list(conditionings))
     limit = Limit(MAX_BATCH)

@@ -32,7 +32,7 @@ from lorasmith.engine.memory import weights_bytes
 from lorasmith.engine.out_of_memory import FREE_CACHE, Rung, Rungs
 from lorasmith.engine.previews import preview_prompts
 from lorasmith.engine.resume import is_extended
-from lorasmith.engine.sources import BaseFiles, locate_base
+from lorasmith.engine.sources import BaseFiles, locate_configured
 from lorasmith.engine.storage import free_bytes, readable_size, require_writable
 
 LEFTOVERS = (".*.tmp", ".proving-*.safetensors", ".write-test-*")
@@ -87,7 +87,7 @@ def announce(
 def find_base(config: RunConfig, emit: Callable[[Event], None]) -> FoundBase:
     """Locate and recognise the base model from its headers; a model on the Hub is downloaded."""
     emit(StageChanged(stage="scan", label="Checking the base model and the dataset"))
-    files = locate_base(config.base.model, config.base.revision, report_progress(emit, "scan"))
+    files = locate_configured(config.base, report_progress(emit, "scan"))
     module, identity = identify_base(files, config.base.family)
     if config.base.prediction != "auto":
         identity = dataclasses.replace(identity, prediction=config.base.prediction)

@@ -5,6 +5,7 @@ Weights are read as safetensors only. A pickle can run code when it is opened, s
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -12,12 +13,15 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorasmith.engine.errors import BaseModelError
 from lorasmith.engine.safetensors_header import PICKLE_FIX, PICKLE_SUFFIXES, refuse_format
 from lorasmith.engine.safetensors_header import TensorInfo as TensorInfo
 from lorasmith.engine.safetensors_header import read_header as read_header
+
+if TYPE_CHECKING:
+    from lorasmith.engine.config import BaseSettings
 
 MAX_CONFIG_BYTES = 10_000_000
 MAX_CARD_CHARACTERS = 100_000
@@ -32,11 +36,16 @@ OnProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class BaseFiles:
-    """A located base model: a folder in the diffusers layout, or one file. `origin` is what the user wrote."""
+    """A located base model: a folder in the diffusers layout, or one file. `origin` is what the user wrote.
+
+    `vae_file` and `encoder_files` are parts that the user gave apart (base.vae, base.text_encoders).
+    """
 
     kind: Literal["folder", "single_file"]
     path: Path
     origin: str
+    vae_file: Path | None = None
+    encoder_files: tuple[Path, ...] = ()
 
     def config(self, part: str) -> dict[str, Any]:
         """Return the configuration of a part such as `unet` or `scheduler`; "" is model_index.json; {} where absent."""
@@ -52,6 +61,10 @@ class BaseFiles:
 
         Raises BaseModelError where the part has pickled weights only.
         """
+        if part == "vae" and self.vae_file:
+            return [self.vae_file]
+        if part.startswith("text_encoder") and self.encoder_files:
+            return list(self.encoder_files)
         if self.kind == "single_file":
             return [self.path]
         by_variant: dict[str, list[Path]] = {}
@@ -91,17 +104,20 @@ class BaseFiles:
         """Say in one sentence what the files seem to be, for the message that no family knows them."""
         return _describe_file(self) if self.kind == "single_file" else _describe_folder(self)
 
-    def fingerprint(self, part: str) -> str:
-        """Return the SHA-256 over the names and contents of a part's configuration and weight files.
+    def fingerprint(self, *parts: str) -> str:
+        """Return the SHA-256 over the names and contents of the parts' configuration and weight files.
 
         Whole files are hashed, since two fine-tunes differ in the middle only; each file's hash is remembered by
         path, size and time of change, so that only the first call takes long.
         """
-        paths = self.weight_files(part)
-        if self.kind == "folder":
-            paths = [*paths, *(path for path in sorted((self.path / part).glob("*.json")) if path.is_file())]
-        if not paths:
-            raise BaseModelError(f"{self.origin} has no {part}.", fix="Choose a complete base model.")
+        paths: list[Path] = []
+        for part in parts:
+            found = self.weight_files(part)
+            if self.kind == "folder":
+                found = [*found, *(path for path in sorted((self.path / part).glob("*.json")) if path.is_file())]
+            if not found:
+                raise BaseModelError(f"{self.origin} has no {part}.", fix="Choose a complete base model.")
+            paths += [path for path in found if path not in paths]
         total = hashlib.sha256()
         for path in paths:
             total.update(f"{path.name}\0{_file_hash(path)}\n".encode())
@@ -135,6 +151,24 @@ def locate_base(model: str, revision: str = "main", on_progress: OnProgress | No
     from lorasmith.engine.hub import download_base
 
     return BaseFiles("folder", download_base(name, revision, on_progress), model)
+
+
+def locate_configured(settings: BaseSettings, on_progress: OnProgress | None = None) -> BaseFiles:
+    """Find the base model of a run with the parts that it names apart; raises as `locate_base`."""
+    files = locate_base(settings.model, settings.revision, on_progress)
+    vae = _part_file(settings.vae, "base.vae") if settings.vae else None
+    encoders = tuple(_part_file(name, "base.text_encoders") for name in settings.text_encoders)
+    return dataclasses.replace(files, vae_file=vae, encoder_files=encoders)
+
+
+def _part_file(name: str, setting: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise BaseModelError(f"There is no file {name}.", fix=f"Check {setting}.")
+    if path.suffix.lower() != ".safetensors":
+        refuse_format(path)
+    read_header(path)
+    return path.resolve()
 
 
 def is_hub_id(model: str) -> bool:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for part in ("engine", "tui", "presets") for path in (ROOT / part).rglob("*.py"))
 HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "pytorch_optimizer")
 DEVICE_MODULES = {"engine/hardware.py", "engine/compute.py", "engine/doctor.py"}
-TORCH_FREE_LAYERS = 3
+TORCH_FREE_LAYERS = 5
 """The last layers of the import contract; `engine.session` and `engine.cli` import torch only when they run."""
 
 

@@ -104,12 +104,12 @@ def _find_base(config: RunConfig, asked_for: bool) -> _Base | None:
     """Return the base model; one that only the run file names is not downloaded for a check."""
     from lorasmith.engine.cli.plan import local_base
     from lorasmith.engine.families import families, identify_base
-    from lorasmith.engine.sources import locate_base
+    from lorasmith.engine.sources import locate_configured
 
     if not asked_for:
         files, identity = local_base(config.base)
         return _Base(files, families()[identity.family], identity) if files and identity else None
-    files = locate_base(config.base.model, config.base.revision)
+    files = locate_configured(config.base)
     module, identity = identify_base(files, config.base.family)
     return _Base(files, module, identity)
 

@@ -75,9 +75,9 @@ def _write(run: RunFolder, checkpoint: Checkpoint, config: RunConfig, folder: Pa
     from lorasmith.engine.adapters import attach_adapter
     from lorasmith.engine.export import build_metadata, export_lora
     from lorasmith.engine.families import identify_base
-    from lorasmith.engine.sources import locate_base
+    from lorasmith.engine.sources import locate_configured
 
-    files = locate_base(config.base.model, config.base.revision)
+    files = locate_configured(config.base)
     module, identity = identify_base(files, config.base.family)
     family = module.load(files, identity, torch.device("cpu"), torch.float32)
     adapter = attach_adapter(family, config.adapter, config.run.seed)

@@ -50,7 +50,7 @@ def plan(
 def local_base(settings: BaseSettings) -> tuple[BaseFiles | None, BaseIdentity | None]:
     """Locate and recognize the base model, if it is on this machine: nothing is downloaded."""
     from lorasmith.engine.families import identify_base
-    from lorasmith.engine.sources import BaseFiles, is_hub_id, locate_base
+    from lorasmith.engine.sources import BaseFiles, is_hub_id, locate_configured
 
     if not settings.model:
         return None, None
@@ -62,7 +62,7 @@ def local_base(settings: BaseSettings) -> tuple[BaseFiles | None, BaseIdentity |
             return None, None
         files = BaseFiles("folder", folder, settings.model)
     else:
-        files = locate_base(settings.model, settings.revision)
+        files = locate_configured(settings)
     return files, identify_base(files, settings.family)[1]
 
 

@@ -32,6 +32,8 @@ Conditioning = dict[str, "torch.Tensor"]
 Prediction = Literal["epsilon", "v_prediction", "velocity"]
 MemoryMeasure = Literal["apart", "tiles", "draw on cpu"]
 """Ways to need less memory; see `Family.save_memory`."""
+TimestepSampling = Literal["uniform", "sigmoid", "logit_normal", "mode", "shift", "resolution_shift"]
+"""Which noise levels a flow model is trained at how often."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,20 @@ class License:
 class FamilySpec:
     """Facts of a family that are readable without torch.
 
-    `targets` maps an adapter target preset (`attention`, `attention-mlp`) to module-name suffixes in the denoiser;
-    `conv_targets` are those that LoCon adds; `text_encoder_targets` those in each text encoder.
-    `token_limit` counts the tokens of one prompt including start and end. `caption_style` is what the text encoders
-    were trained on. `block_classes` are the classes that repeat in the denoiser (for checkpointing and compiling).
+    `targets` maps a target preset (`attention`, `attention-mlp`, `all-linear`, and those of other trainers that the
+    family has) to module-name suffixes in the denoiser; `conv_targets` are those that LoCon adds;
+    `text_encoder_targets` those in each of `trainable_text_encoders`. `text_parts` are the parts that encode text.
+    `token_limit` counts the tokens of one prompt including start and end, in the encoder that reads most of it;
+    `token_limits` names each encoder's. `caption_style` is what the text encoders were trained on. `block_classes` are
+    the classes that repeat in the denoiser (for checkpointing and compiling).
     `latent_channels` and `latent_downscale` (pixels per latent, each way) are those of its image encoder;
     `prompt_numbers` is how many numbers the embeddings of one prompt have in the usual variant.
     `activation_mib_per_megapixel` is the memory that one picture's training step takes in a denoiser of
     `denoiser_parameters` in 16 bits with a rank 16 attention LoRA: without and with gradient checkpointing.
+    `layouts` are the key layouts of exported files, the one that most programs load first; `readers` maps each to the
+    programs that load a plain LoRA from it. `draw_steps` and `draw_guidance` are how the usual variant draws.
+    For flow models `timestep_sampling` is what `auto` means, `shift` the usual shift of `shift` sampling, and a square
+    of `latent_patch` latents each way is one token. `uses` says by variant what to train on and use the LoRA on.
     """
 
     name: str
@@ -77,6 +85,16 @@ class FamilySpec:
     prompt_numbers: int
     sources: tuple[str, ...] = ()
     activation_mib_per_megapixel: tuple[float, float] | None = None
+    text_parts: tuple[str, ...] = ("text_encoder",)
+    trainable_text_encoders: tuple[Component, ...] = ("text_encoder",)
+    token_limits: Mapping[str, int] = field(default_factory=dict)
+    readers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    draw_steps: int = 20
+    draw_guidance: float = 7.0
+    timestep_sampling: TimestepSampling = "uniform"
+    shift: float = 1.0
+    latent_patch: int = 1
+    uses: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,8 +103,10 @@ class BaseIdentity:
 
     `label` is shown to the user, e.g. "Stable Diffusion 1.x, epsilon, fp16, 0.86 B". `native_resolution` is the side in
     pixels that the base was trained at. `parts_missing` names what the files lack, e.g. `vae`. `details` may hold
-    `license`, the one that the model's own card names; "" or absent: the family's; and `prompt_numbers`, where this
-    model's differ from the family's.
+    `license`, the one that the model's own card names; "" or absent: the family's; `prompt_numbers`, `draw_steps` and
+    `draw_guidance` where this model's differ from the family's; `training_adapter`, the Hub id (`owner/name` or
+    `owner/name/file.safetensors`) of the LoRA that a distilled variant is trained with; and what LoRA files say of
+    their base: `architecture`, `ss_base_model_version`.
     """
 
     family: str
@@ -98,6 +118,17 @@ class BaseIdentity:
     precision: str
     parts_missing: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FusedName:
+    """The name of a layer that a key layout stores fused with others: `rows` are the dotted paths of all of them.
+
+    Their weights lie one under the other in the fused weight, in this order, e.g. to_q, to_k and to_v in `qkv`.
+    """
+
+    name: str
+    rows: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -134,6 +165,8 @@ class Family(Protocol):
     """The scheduler configuration as the model's own files give it (for `ddpm`: betas, prediction type, zero SNR)."""
     tile_side: int
     """Side in pixels of the tiles that pictures are encoded and decoded in; 0 while they are taken whole."""
+    guidance: float
+    """What a denoiser with built-in guidance is told while training; others do not read it."""
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """Encode pixels (B, 3, H, W) in [-1, 1] to normalized latents (B, C, h, w); the mode, no random draw."""
@@ -148,7 +181,12 @@ class Family(Protocol):
         ...
 
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """Run the denoiser on noisy latents (B, C, h, w) at timesteps (B,) in 0..999; same shape as the target."""
+        """Run the denoiser on noisy latents (B, C, h, w) at timesteps (B,); same shape as the target.
+
+        For `ddpm` timesteps are whole numbers 0..999. For `flow` they are 1000 · sigma as fp32 with
+        noisy = (1 - sigma) · latents + sigma · noise, and the result is an estimate of noise - latents, whatever sign,
+        direction of time or packing the denoiser has inside.
+        """
         ...
 
     def draw(
@@ -206,8 +244,11 @@ class FamilyModule(Protocol):
         """Load the tokenizers alone, without torch models, for the trigger page."""
         ...
 
-    def export_name(self, layout: str, component: Component, module: str) -> str:
-        """Return the name under which `layout` stores the adapter of `module` (dotted path inside the component)."""
+    def export_name(self, layout: str, component: Component, module: str) -> str | FusedName:
+        """Return the name under which `layout` stores the adapter of `module` (dotted path inside the component).
+
+        Raises ExportError where the family has no such layout, or the layout no such component.
+        """
         ...
 
     def load_lora(self, path: Path, components: Mapping[Component, torch.nn.Module]) -> None:
@@ -216,6 +257,13 @@ class FamilyModule(Protocol):
         Lets every exception and warning of the loader through: the export is proved with it.
         """
         ...
+
+
+def usual_drawing(family: Family) -> tuple[int, float]:
+    """Return the denoising steps and the guidance that this base model is made for."""
+    details = family.identity.details
+    steps = int(details.get("draw_steps", family.spec.draw_steps))
+    return steps, float(details.get("draw_guidance", family.spec.draw_guidance))
 
 
 @cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine.families import _loading as loading
@@ -11,7 +10,6 @@ from lorasmith.engine.families import _sd_single_file as single_file
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
     from lorasmith.engine.sources import BaseFiles
 
@@ -34,25 +32,13 @@ def load_text_encoder(files: BaseFiles, dtype: torch.dtype) -> Any:
     return loading.load_part(files, "text_encoder", CLIPTextModel, dtype)
 
 
-def load_vae(files: BaseFiles, dtype: torch.dtype, tile_side: int = 0) -> Any:
-    """Load the autoencoder in main memory; with a `tile_side` in pixels it takes pictures in tiles of that size."""
+def load_vae(files: BaseFiles, dtype: torch.dtype) -> Any:
+    """Load the autoencoder in main memory."""
     if files.kind == "single_file":
-        vae = single_file.load_vae(files, dtype)
-    else:
-        from diffusers import AutoencoderKL
+        return single_file.load_vae(files, dtype)
+    from diffusers import AutoencoderKL
 
-        vae = loading.load_part(files, "vae", AutoencoderKL, dtype)
-    if tile_side:
-        use_tiles(vae, tile_side)
-    return vae
-
-
-def use_tiles(vae: Any, tile_side: int) -> None:
-    """Let an autoencoder take pictures singly, in overlapping tiles of `tile_side` pixels."""
-    vae.enable_slicing()
-    vae.enable_tiling()
-    vae.tile_sample_min_size = tile_side
-    vae.tile_latent_min_size = tile_side // 2 ** (len(vae.config.block_out_channels) - 1)
+    return loading.load_part(files, "vae", AutoencoderKL, dtype)
 
 
 def draw_pipeline(unet: Any, noise_schedule: Mapping[str, Any], downscale: int) -> Any:
@@ -73,13 +59,3 @@ def draw_pipeline(unet: Any, noise_schedule: Mapping[str, Any], downscale: int) 
     pipeline.vae_scale_factor = downscale
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def decode(vae: Any, latents: torch.Tensor) -> list[Image.Image]:
-    """Return the pictures of scaled latents (B, C, h, w) in the autoencoder's number format."""
-    from diffusers.image_processor import VaeImageProcessor
-
-    to_pictures = partial(VaeImageProcessor().postprocess, output_type="pil")
-    scaled = latents / vae.config.scaling_factor
-    # One at a time: a decoder's memory grows with the batch.
-    return [to_pictures(vae.decode(row[None], return_dict=False)[0])[0] for row in scaled]

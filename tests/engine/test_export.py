@@ -16,7 +16,7 @@ from lorasmith.engine.adapters import Adapter, attach_adapter
 from lorasmith.engine.config import AdapterSettings, ExportSettings, RunConfig, RunSettings
 from lorasmith.engine.errors import ExportError, StorageError
 from lorasmith.engine.export import export_file_name, export_lora, verify_export
-from lorasmith.engine.export_proof import Change, adaptable_modules, known_names, read_changes
+from lorasmith.engine.export.proof import Change, adaptable_modules, known_names, read_changes
 from lorasmith.engine.families import Family, identify_base
 from lorasmith.engine.families.sd15 import SPEC, export_name
 from lorasmith.engine.inspect_file import inspect_lora

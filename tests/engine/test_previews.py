@@ -15,7 +15,7 @@ from lorasmith.engine import preview_sheet, previews
 from lorasmith.engine.adapters import Adapter, attach_adapter
 from lorasmith.engine.config import AdapterSettings, RunConfig
 from lorasmith.engine.events import Event, Logged, PreviewReady
-from lorasmith.engine.families import DrawSettings, Family, PictureRequest, identify_base
+from lorasmith.engine.families import BaseIdentity, DrawSettings, Family, PictureRequest, families, identify_base
 from lorasmith.engine.preview_sheet import build_run_sheet, build_sheet
 from lorasmith.engine.previews import draw_previews, is_flat, preview_parameters, preview_prompts
 from lorasmith.engine.sources import locate_base
@@ -39,6 +39,8 @@ class FakeFamily:
     def __init__(self, fail: Callable[[int], None] = lambda count: None, level: float | None = None) -> None:
         self.device = torch.device("cpu")
         self.noise_schedule = {"_class_name": "PNDMScheduler"}
+        self.spec = families()["sd15"].SPEC
+        self.identity = BaseIdentity("sd15", "fake", "1.x", "epsilon", 512, 1, "fp32", details={"draw_steps": 20})
         self.batches: list[list[tuple[str, str, int]]] = []
         self.settings: list[DrawSettings] = []
         self._fail, self._level = fail, level

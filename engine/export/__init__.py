@@ -1,4 +1,4 @@
-"""The shareable LoRA file: written beside its place, proved by `export_proof`, and only then given its name.
+"""The shareable LoRA file: written beside its place, proved by `proof`, and only then given its name.
 
 Two key layouts (names come from the family):
 
@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorasmith.engine.export_proof import ALPHA, DIFFUSERS, KOHYA, SUFFIXES, module_names, prove, verify_export
+from lorasmith.engine.compatibility import chosen_layouts
+from lorasmith.engine.export.proof import ALPHA, DIFFUSERS, KOHYA, SUFFIXES, module_names, prove, verify_export
 from lorasmith.engine.lora_metadata import DatasetFacts, build_metadata, with_hashes
 from lorasmith.engine.storage import fsync_folder, storage_error
 
@@ -71,7 +72,7 @@ def export_lora(
     except OSError as error:
         raise storage_error(folder, 0, error) from error
     results = []
-    for layout in dict.fromkeys(config.export.layouts):
+    for layout in chosen_layouts(config.export, family.spec):
         path = folder / export_file_name(name, layout)
         tensors = build_tensors(family, adapter, layout, DTYPES[config.export.precision])
         header = {"format": "pt"} | dict(metadata) | {"ss_steps": str(step), "ss_output_name": path.stem}

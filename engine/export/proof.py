@@ -112,7 +112,7 @@ def prove(path: Path, layout: str, family: Family, adapter: Adapter, *, allow_un
 def module_names(family: Family, adapter: Adapter, layout: str) -> dict[str, AdapterModule]:
     """Return the trained modules by their name in `layout`; raises ExportError where two share a name."""
     export_name = family_module(family).export_name
-    names = {export_name(layout, module.component, module.path): module for module in adapter.modules}
+    names = {str(export_name(layout, module.component, module.path)): module for module in adapter.modules}
     if len(names) != len(adapter.modules):
         raise ExportError(f"Two modules have the same name in the {layout} layout.", why="The key map is wrong.")
     return names
@@ -123,7 +123,7 @@ def known_names(family: Family, layout: str) -> set[str]:
     export_name = family_module(family).export_name
     components = {"denoiser": family.denoiser, **family.text_encoders}
     return {
-        export_name(layout, component, path)
+        str(export_name(layout, component, path))
         for component, module in components.items()
         for path in adaptable_modules(module)
     }
