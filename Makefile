@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test faults lint bench screenshots clean
+.PHONY: demo test test-all faults lint bench screenshots clean
 
 demo: $(READY)
 	$(BIN)/lorasmith demo
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope
+
+# Every pair of base model and adapter, not a covering part of them.
+test-all: $(READY)
+	$(BIN)/python -m pytest --campaign --ignore tests/faults --numprocesses auto --maxprocesses 8 --dist loadscope --timeout 600
 
 # Every fault of tests/faults injected, not a sample of them; prints what was survived.
 faults: $(READY)

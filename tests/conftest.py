@@ -27,9 +27,24 @@ os.environ["LORASMITH_RUNTIME"] = tempfile.mkdtemp(prefix="lst-")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the options of `make faults` (`tests/faults/conftest.py`)."""
-    parser.addoption("--campaign", action="store_true", help="inject every fault, not a sample, and print the figures")
+    """Add the options of `make test-all` and `make faults`."""
+    parser.addoption("--campaign", action="store_true", help="run every fault and every pair, not a sample")
     parser.addoption("--figures", default="", help="file for the figures of a campaign (JSON)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked `campaign` unless everything is to be run."""
+    if config.getoption("--campaign"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("campaign")]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture
+def campaign(request: pytest.FixtureRequest) -> bool:
+    """Whether everything is to be run, not a sample."""
+    return bool(request.config.getoption("--campaign"))
 
 
 @pytest.fixture(autouse=True)

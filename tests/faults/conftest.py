@@ -18,21 +18,6 @@ from tests.faults.fault_server import FaultServer, why_impossible
 Figure = tuple[int, str, str]
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is marked `campaign` unless every fault is to be injected."""
-    if config.getoption("--campaign"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("campaign")]
-    items[:] = [item for item in items if item not in left_out]
-    config.hook.pytest_deselected(items=left_out)
-
-
-@pytest.fixture
-def campaign(request: pytest.FixtureRequest) -> bool:
-    """Whether every fault is to be injected, not a sample."""
-    return bool(request.config.getoption("--campaign"))
-
-
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[[int, str, str], None]:
     """Return `record(promise, name, value)`: a figure for the table of promises 1 to 12, such as `212 of 212`."""
