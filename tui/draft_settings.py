@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lorasmith.engine.config import DatasetSettings, RunConfig
 
 T = TypeVar("T")
+BaseKey = tuple[str, str, str, str, tuple[str, ...]]
+"""What a look at the base model depends on; see `DraftSettings.base`."""
 UNSCANNED = {"resolution", "more_resolutions", "buckets", "bucket_step", "crop", "flip", "missing_captions"}
 """Settings of the dataset that change nothing about what a scan finds."""
 UNCHECKED: dict[str, Any] = {"run": {"name"}, "checkpoints": True, "previews": True, "export": True}
@@ -32,14 +34,17 @@ class DraftSettings:
         self._advice = advice
         self._kept: dict[str, tuple[object, Any]] = {}
 
-    def base(self) -> tuple[str, str, str]:
-        """Return the base's model, revision and family."""
+    def base(self) -> BaseKey:
+        """Return the base's model, revision, family, autoencoder file and text encoder files."""
 
-        def make() -> tuple[str, ...]:
+        def make() -> BaseKey:
             merged = self._draft().merged()
-            return tuple(str(merged[f"base.{name}"][0]).strip() for name in ("model", "revision", "family"))
+            model, revision, family, vae = (
+                str(merged[f"base.{name}"][0]).strip() for name in ("model", "revision", "family", "vae")
+            )
+            return model, revision, family, vae, tuple(merged["base.text_encoders"][0])
 
-        return cast(tuple[str, str, str], self._once("base", self._answers(), make))
+        return self._once("base", self._answers(), make)
 
     def dataset(self) -> DatasetSettings:
         """Return the dataset's settings."""

@@ -130,12 +130,16 @@ def find_hardware(tell: Tell) -> Any:
     return snapshot([Path.cwd()])
 
 
-def find_base(model: str, revision: str, family: str, tell: Tell) -> FoundBase:
-    """Locate and recognise a base model; raises BaseModelError or HubError."""
+def find_base(
+    model: str, revision: str, family: str, vae: str, text_encoders: tuple[str, ...], tell: Tell
+) -> FoundBase:
+    """Locate and recognise a base model and the parts given apart; raises BaseModelError or HubError."""
+    from lorasmith.engine.config import BaseSettings
     from lorasmith.engine.families import identify_base
-    from lorasmith.engine.sources import locate_base
+    from lorasmith.engine.sources import locate_configured
 
-    files = locate_base(model, revision, tell)
+    settings = BaseSettings(model=model, revision=revision, vae=vae, text_encoders=list(text_encoders))
+    files = locate_configured(settings, tell)
     module, identity = identify_base(files, family)
     return FoundBase(files, module, identity)
 

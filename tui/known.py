@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lorasmith.engine.errors import DatasetError, LorasmithError
 from lorasmith.tui.draft import Draft, Problem
-from lorasmith.tui.draft_settings import DraftSettings
+from lorasmith.tui.draft_settings import BaseKey, DraftSettings
 from lorasmith.tui.findings import FoundBase, FoundDataset, Look, Probes, goal_of, recommend
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class Known:
         key = (resolved.config.model_dump_json(), id(self.base), id(self.dataset))
         return self.look("plan", key, partial(self.probes.plan, resolved, self.base, self.dataset))
 
-    def _base_key(self) -> tuple[str, str, str]:
+    def _base_key(self) -> BaseKey:
         return self._settings.base()
 
     def dataset_settings(self) -> DatasetSettings:

@@ -60,7 +60,7 @@ def a_machine(tell: Any) -> HardwareSnapshot:
     return HardwareSnapshot((), "No NVIDIA driver was found.", None, Memory(16.0, 12.0), (), "A processor", 2)
 
 
-def a_base(model: str, revision: str, family: str, tell: Any) -> FoundBase:
+def a_base(model: str, *rest: Any) -> FoundBase:
     identity = BaseIdentity("sd15", f"Base {model}", "1.x", "epsilon", 512, 860_000_000, "fp16")
     return FoundBase(BaseFiles("folder", Path("/models/x"), model), families()["sd15"], identity)
 

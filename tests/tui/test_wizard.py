@@ -54,11 +54,11 @@ async def test_enter_before_the_checks_are_done_starts_when_they_are(
 ) -> None:
     gate = __import__("threading").Event()
 
-    def slow_base(model: str, revision: str, family: str, tell: Any) -> Any:
+    def slow_base(model: str, *rest: Any) -> Any:
         gate.wait(60)
         from tests.tui.conftest import a_base
 
-        return a_base(model, revision, family, tell)
+        return a_base(model, *rest)
 
     app = make_app(base=slow_base)
     async with app.run_test(size=(80, 24)) as pilot:
@@ -122,7 +122,7 @@ async def test_every_open_problem_is_listed_on_the_review_page(make_app: MakeApp
 
 
 async def test_a_base_model_that_is_refused_is_explained_and_blocks_the_start(make_app: MakeApp) -> None:
-    def refused(model: str, revision: str, family: str, tell: Any) -> Any:
+    def refused(model: str, *rest: Any) -> Any:
         raise BaseModelError("It is a LoRA, not a base model.", why="It holds lora_down keys.", fix="Choose its base.")
 
     app = make_app(base=refused)
@@ -145,7 +145,8 @@ async def test_a_base_model_that_is_refused_is_explained_and_blocks_the_start(ma
 )
 def test_the_license_of_the_model_itself_is_shown_before_that_of_its_family(own: str, line: str) -> None:
     identity = BaseIdentity("f", "A base", "v", "epsilon", 64, 5, "fp32", details={"license": own})
-    spec = SimpleNamespace(license=License("Usual", "https://example.org", "It may be sold."))
+    usual = License("Usual", "https://example.org", "It may be sold.")
+    spec = SimpleNamespace(license=usual, token_limits={"CLIP": 77}, uses={})
     found: Any = SimpleNamespace(
         family=SimpleNamespace(SPEC=spec), identity=identity, files=SimpleNamespace(origin="x", path=Path("/x"))
     )
@@ -402,7 +403,7 @@ async def test_nothing_from_files_is_markup_or_an_escape_sequence(make_app: Make
         (folder / f"{number}{name}.xyz").write_text("not a picture")
     (folder / "bad\udcff.png").write_bytes(b"not a picture")
 
-    def base(model: str, revision: str, family: str, tell: Any) -> Any:
+    def base(model: str, *rest: Any) -> Any:
         raise BaseModelError("".join(ESCAPES), why="\x1b[2J [/]", fix="[@click=app.quit]x[/]")
 
     draft = Draft(kept={"choice": "local", "local": "\x1b[2J[/]"})

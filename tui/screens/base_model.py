@@ -10,6 +10,7 @@ from textual.app import ComposeResult
 from textual.widgets import Input, OptionList, Static
 
 from lorasmith.tui.draft import DEMO
+from lorasmith.tui.fields import SEPARATOR
 from lorasmith.tui.forms import SafeInput, Status, told
 from lorasmith.tui.screens.page import WizardPage
 from lorasmith.tui.text import safe_str
@@ -22,11 +23,23 @@ CHOICES = {
     "hub": "Hugging Face Hub: owner/name",
     "local": "Folder or .safetensors file on this machine",
 }
-_PLACEHOLDERS = {"hub": "stable-diffusion-v1-5/stable-diffusion-v1-5", "local": "/path/to/model.safetensors"}
+_PLACEHOLDERS = {"hub": "owner/name, or choose below", "local": "/path/to/model.safetensors"}
+PARTS = {
+    "base.vae": ("vae", "VAE file", "/path/to/ae.safetensors"),
+    "base.text_encoders": (
+        "encoders",
+        "Text encoders",
+        f"/path/to/clip_l.safetensors {SEPARATOR} /path/to/t5xxl.safetensors",
+    ),
+}
+"""The inputs for parts that a file lacks: id, label and example by setting."""
 
 
 class BaseModelPage(WizardPage):
-    """A choice of three; what was typed for one stays when another is chosen."""
+    """A choice of three; what was typed for one stays when another is chosen.
+
+    For the Hub the usual models are listed; for a file that lacks parts there are fields for those.
+    """
 
     PAGE = "base_model"
     AUTO_FOCUS = "#choice"
@@ -34,7 +47,8 @@ class BaseModelPage(WizardPage):
         "The base model is what the LoRA is trained for; it works with that base and its relatives only.\n\n"
         "Hub: the id as on huggingface.co, e.g. stable-diffusion-v1-5/stable-diffusion-v1-5. It is downloaded once. "
         "For a gated model accept its license on its page and run `hf auth login` first.\n"
-        "Local: a diffusers folder (with model_index.json) or one .safetensors file."
+        "Local: a diffusers folder (with model_index.json) or one .safetensors file. One that holds the denoiser alone "
+        "needs its VAE and its text encoders from files of their own: two fields for them appear then."
     )
 
     def compose_body(self) -> ComposeResult:
@@ -42,6 +56,10 @@ class BaseModelPage(WizardPage):
         yield OptionList(*CHOICES.values(), id="choice", compact=True, markup=False)
         yield Static("", id="model-label", classes="gap", markup=False)
         yield SafeInput("", id="model")
+        yield OptionList(id="usual", compact=True, markup=False)
+        for name, label, example in PARTS.values():
+            yield Static(label, id=f"{name}-label", classes="gap", markup=False)
+            yield SafeInput("", id=name, placeholder=example)
         yield Status(id="found", classes="gap")
 
     def on_mount(self) -> None:
@@ -52,6 +70,12 @@ class BaseModelPage(WizardPage):
         if chosen != DEMO:
             draft.kept.setdefault(chosen, str(draft.answers.get("base.model", "")))
         self.query_one("#choice", OptionList).highlighted = list(CHOICES).index(chosen)
+        usual = usual_models()
+        self._usual = [model for model, _ in usual]
+        self.query_one("#usual", OptionList).add_options([f"{model}  {label}" for model, label in usual])
+        for key, (name, _, _) in PARTS.items():
+            with self.prevent(Input.Changed):
+                self.query_one(f"#{name}", SafeInput).value = draft.text(key)
         self._show_choice()
         super().on_mount()
         if draft.is_demo or self.wizard.known.looks.get("base_model") is not None:
@@ -71,6 +95,8 @@ class BaseModelPage(WizardPage):
         model = self.query_one("#model", SafeInput)
         label = self.query_one("#model-label", Static)
         model.display = label.display = typed
+        self.query_one("#usual", OptionList).display = self.chosen == "hub"
+        self._show_parts()
         if typed:
             label.update("Hub id" if self.chosen == "hub" else "Folder or file")
             model.placeholder = _PLACEHOLDERS[self.chosen]
@@ -98,6 +124,35 @@ class BaseModelPage(WizardPage):
         else:
             self.query_one("#model", SafeInput).focus()
 
+    def _show_parts(self) -> None:
+        """Ask for parts where the file lacks some, and while a file is named for one."""
+        look = self.wizard.known.current("base_model")
+        missing = look.value.identity.parts_missing if look is not None and look.value is not None else ()
+        for key, (name, _, _) in PARTS.items():
+            part = "vae" if key == "base.vae" else "text_encoder"
+            wanted = any(item.startswith(part) for item in missing) or self.wizard.draft.changed(key)
+            shown = self.chosen == "local" and wanted
+            self.query_one(f"#{name}", SafeInput).display = self.query_one(f"#{name}-label", Static).display = shown
+
+    @on(OptionList.OptionSelected, "#usual")
+    def _usual_taken(self, event: OptionList.OptionSelected) -> None:
+        event.stop()
+        model = self.query_one("#model", SafeInput)
+        model.value = self._usual[event.option_index]
+        model.focus()
+
+    @on(Input.Changed, "#vae, #encoders")
+    def _part_typed(self, event: Input.Changed) -> None:
+        self._take_part(str(event.input.id), event.value)
+
+    def _take_part(self, name: str, text: str) -> None:
+        key = next(key for key, part in PARTS.items() if part[0] == name)
+        if text.strip():
+            self.wizard.change(key, text)
+        elif self.wizard.draft.changed(key):
+            self.wizard.draft.reset(key)
+            self.wizard.changed()
+
     @on(Input.Changed, "#model")
     def _typed(self, event: Input.Changed) -> None:
         self._take_model(event.value)
@@ -106,6 +161,10 @@ class BaseModelPage(WizardPage):
         """Take the id or path."""
         if self.chosen != DEMO:
             self._take_model(self.query_one("#model", SafeInput).value)
+        for name, _, _ in PARTS.values():
+            field = self.query_one(f"#{name}", SafeInput)
+            if field.display:
+                self._take_part(name, field.value)
 
     def _take_model(self, model: str) -> None:
         self.wizard.draft.kept[self.chosen] = model
@@ -133,16 +192,26 @@ class BaseModelPage(WizardPage):
             found.say(told(look.error))
         else:
             found.say(base_text(look.value))
+        self._show_parts()
         self.hint("Up and down: choose · Enter: accept")
 
 
+def usual_models() -> list[tuple[str, str]]:
+    """Return the Hub ids of every family with the family's label, the newest family last."""
+    from lorasmith.engine.families import families
+
+    return [(model, module.SPEC.label) for module in families().values() for model in module.SPEC.hub_ids]
+
+
 def base_text(found: FoundBase) -> Text:
-    """Return label, license and its consequence, native resolution, and what is missing."""
+    """Return label, license and its consequence, native resolution, what to know of it, and what is missing."""
     spec, identity = found.family.SPEC, found.identity
     demo = found.files.origin == DEMO
     text = Text("✓ ")
     text.append("The demo's own small base" if demo else safe_str(identity.label), "bold")
     text.append(f"\n  {safe_str(identity.label)}" if demo else "")
+    if identity.parts_missing:
+        text.append(f"\n! Missing in these files: {safe_str(', '.join(identity.parts_missing))}")
     text.append(f"\n  Trained at {identity.native_resolution} pixels · {identity.parameters / 1e6:,.1f} M parameters\n")
     if demo:
         text.append("  Trained from nothing, on drawn scenes only\n")
@@ -151,8 +220,10 @@ def base_text(found: FoundBase) -> Text:
     else:
         text.append(f"  License: {safe_str(spec.license.name)}. {safe_str(spec.license.consequence)}\n")
         text.append(f"  {safe_str(spec.license.url)}\n", "dim")
-    if identity.parts_missing:
-        text.append(f"! Missing in these files: {safe_str(', '.join(identity.parts_missing))}\n")
+    limits = ", ".join(f"{name} {tokens}" for name, tokens in spec.token_limits.items())
+    text.append(f"  Reads prompts up to this many tokens: {safe_str(limits)}\n" if limits else "")
+    if use := spec.uses.get(identity.variant):
+        text.append(f"  {safe_str(use)}\n")
     if not demo:
         text.append(f"  {safe_str(found.files.path)}", "dim")
     text.rstrip()

@@ -1,0 +1,86 @@
+"""The page of the base model: usual models to choose from, and fields for the parts that a file lacks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from textual.widgets import OptionList
+
+from lorasmith.engine.families import families
+from lorasmith.tui.app import LorasmithApp
+from lorasmith.tui.draft import Draft
+from lorasmith.tui.forms import SafeInput
+from tests.tui.conftest import a_base, go_to, screen_text, settle
+
+MakeApp = Callable[..., LorasmithApp]
+SIZES = [(80, 24), (120, 36)]
+
+
+def local_draft(model: str = "/models/flux.safetensors", **answers: Any) -> Draft:
+    draft = Draft(kept={"choice": "local", "local": model})
+    draft.put("base.model", model)
+    for key, text in answers.items():
+        draft.put(key, text)
+    return draft
+
+
+def lacking(model: str, revision: str, family: str, vae: str, encoders: tuple[str, ...], tell: Any) -> Any:
+    """A base that lacks what is not given apart."""
+    found = a_base(model)
+    missing = (*(() if vae else ("vae",)), *(() if encoders else ("text_encoder",)))
+    return dataclasses.replace(found, identity=dataclasses.replace(found.identity, parts_missing=missing))
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_a_usual_model_is_chosen_from_the_list(make_app: MakeApp, size: tuple[int, int]) -> None:
+    app = make_app(Draft(kept={"choice": "hub"}, answers={"base.model": ""}))
+    async with app.run_test(size=size) as pilot:
+        await go_to(pilot, "base_model")
+        usual = app.screen.query_one("#usual", OptionList)
+        assert usual.display
+        assert usual.option_count == sum(len(module.SPEC.hub_ids) for module in families().values())
+        usual.focus()
+        await pilot.press("end", "enter")
+        await settle(pilot)
+        last = list(families().values())[-1].SPEC
+        assert app.draft.answers["base.model"] == last.hub_ids[-1]
+        assert last.hub_ids[-1] in screen_text(app)
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_parts_that_a_file_lacks_are_asked_for_and_taken(make_app: MakeApp, size: tuple[int, int]) -> None:
+    app = make_app(local_draft(), base=lacking)
+    async with app.run_test(size=size) as pilot:
+        await go_to(pilot, "base_model")
+        assert not app.screen.query_one("#vae", SafeInput).display
+        app.screen.query_one("#model", SafeInput).focus()
+        await pilot.press("enter")
+        await settle(pilot)
+        vae, encoders = app.screen.query_one("#vae", SafeInput), app.screen.query_one("#encoders", SafeInput)
+        assert vae.display
+        assert encoders.display
+        assert "Missing in these files: vae, text_encoder" in screen_text(app)
+        vae.value = "/models/ae.safetensors"
+        encoders.value = "/models/clip_l.safetensors | /models/t5xxl.safetensors"
+        await settle(pilot)
+        assert app.draft.answers["base.vae"] == "/models/ae.safetensors"
+        assert app.draft.answers["base.text_encoders"] == ["/models/clip_l.safetensors", "/models/t5xxl.safetensors"]
+        encoders.focus()
+        await pilot.press("enter")
+        await settle(pilot)
+        known = app.known.current("base_model")
+        assert known is not None
+        assert known.value.identity.parts_missing == ()
+        vae.value = ""
+        await settle(pilot)
+        assert "base.vae" not in app.draft.answers
+
+
+async def test_neither_list_nor_fields_are_there_for_the_demo(make_app: MakeApp) -> None:
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await go_to(pilot, "base_model")
+        assert not any(app.screen.query_one(name).display for name in ("#usual", "#vae", "#encoders"))
