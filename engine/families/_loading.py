@@ -27,9 +27,10 @@ def quiet_libraries() -> None:
         library.disable_progress_bar()
 
 
-def load_part(files: BaseFiles, part: str, kind: Any, dtype: torch.dtype) -> Any:
+def load_part(files: BaseFiles, part: str, kind: Any, dtype: torch.dtype, config: Any = None) -> Any:
     """Load one part of a diffusers folder as class `kind`, frozen and in eval mode, from local safetensors only.
 
+    `config` may replace the part's own, e.g. to load the first layers of a language model only.
     Raises BaseModelError where the part is missing, damaged, or lacks weights: the libraries would only log a line and
     go on with random ones.
     """
@@ -44,6 +45,7 @@ def load_part(files: BaseFiles, part: str, kind: Any, dtype: torch.dtype) -> Any
             variant=files.variant(part),
             output_loading_info=True,
             **{dtype_name: dtype},
+            **({"config": config} if config is not None else {}),
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         if is_out_of_memory(error):
