@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,22 +24,41 @@ from lorasmith.engine.families import Component, Family
 _PEFT_NAME = "default"
 
 
+Kind = Literal["lora", "dora", "loha", "lokr", "oft", "boft"]
+"""What a module is; LoCon is `lora` on a convolution."""
+DOWN, UP = "lora_A.weight", "lora_B.weight"
+
+
 @dataclass
 class AdapterModule:
-    """The LoRA of one layer: `down` (rank, in[, k, k]), `up` (out, rank[, 1, 1]); its strength is alpha / rank."""
+    """The trained tensors of one layer, under the names that peft gives them."""
 
     component: Component
     path: str
     """Dotted path of the layer inside the component."""
-    down: nn.Parameter
-    up: nn.Parameter
+    kind: Kind
+    tensors: dict[str, nn.Parameter]
+    """`lora_A.weight` (rank, in[, k, k]) and `lora_B.weight` (out, rank[, 1, 1]) for LoRA, with
+    `lora_magnitude_vector.weight` for DoRA; `hada_…` for LoHa, `lokr_…` for LoKr, `oft_R.weight`; `boft_…`."""
     rank: int
     alpha: float
+    scale: float
+    """What the product of the tensors is multiplied by; 1 where the kind has none."""
+    rate: float = 1.0
+    """Factor on the learning rate."""
+    start: dict[str, Tensor] | None = None
+    """The first values, where the base model's weight was changed so that they change nothing: the module's own change
+    is now less start."""
 
     @property
-    def scale(self) -> float:
-        """What `up @ down` is multiplied by."""
-        return self.alpha / self.rank
+    def down(self) -> nn.Parameter:
+        """The down matrix of a LoRA or DoRA."""
+        return self.tensors[DOWN]
+
+    @property
+    def up(self) -> nn.Parameter:
+        """The up matrix of a LoRA or DoRA."""
+        return self.tensors[UP]
 
     @property
     def name(self) -> str:
@@ -57,15 +76,15 @@ class Adapter:
     """The peft layers, each around the base model's own layer."""
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return all trained parameters: down and up of each module in turn."""
-        return [parameter for module in self.modules for parameter in (module.down, module.up)]
+        """Return all trained parameters, those of each module in turn."""
+        return [parameter for module in self.modules for parameter in module.tensors.values()]
 
     def num_parameters(self) -> int:
         """Return how many numbers are trained."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def state_dict(self, *, copy: bool = True) -> dict[str, Tensor]:
-        """Return copies on the CPU under `COMPONENT.PATH.lora_A.weight` (down) and `.lora_B.weight` (up).
+        """Return copies on the CPU under `COMPONENT.PATH.TENSOR`, e.g. `….lora_A.weight` (down), `.lora_B.weight` (up).
 
         Without `copy` the weights themselves, where they are.
         """
@@ -94,6 +113,9 @@ class Adapter:
                 return up @ down * module.scale
             return torch.einsum("or,rikl->oikl", up.flatten(1), down) * module.scale
 
+    def after_step(self) -> None:
+        """Do what follows each update of the weights; nothing yet."""
+
     def all_finite(self) -> bool:
         """Tell whether no weight is NaN or infinite; waits for the device."""
         with torch.no_grad():
@@ -113,8 +135,8 @@ class Adapter:
 
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
         for module in self.modules:
-            yield f"{module.name}.lora_A.weight", module.down
-            yield f"{module.name}.lora_B.weight", module.up
+            for tensor, parameter in module.tensors.items():
+                yield f"{module.name}.{tensor}", parameter
 
 
 def attach_adapter(family: Family, settings: AdapterSettings, seed: int) -> Adapter:
@@ -181,7 +203,8 @@ def _attach(
         down.to(torch.float32)
         up.to(torch.float32)
         rank, alpha = layer.r[_PEFT_NAME], layer.lora_alpha[_PEFT_NAME]
-        adapter.modules.append(AdapterModule(component, path, down.weight, up.weight, rank, alpha))
+        tensors = {DOWN: down.weight, UP: up.weight}
+        adapter.modules.append(AdapterModule(component, path, "lora", tensors, rank, alpha, alpha / rank))
         adapter.layers.append(layer)
         dropout = layer.lora_dropout[_PEFT_NAME]
         if isinstance(dropout, nn.Dropout):

@@ -102,7 +102,7 @@ def build_tensors(family: Family, adapter: Adapter, layout: str, dtype: torch.dt
     for name, module in module_names(family, adapter, layout).items():
         down, up = module.down.detach().float().cpu(), module.up.detach().float().cpu()
         if layout == DIFFUSERS:
-            up = up * (module.alpha / module.rank)
+            up = up * module.scale
         else:
             tensors[name + ALPHA] = torch.tensor(float(module.alpha))
         down, up = _rounded(down, up, dtype)

@@ -94,7 +94,7 @@ def prove(path: Path, layout: str, family: Family, adapter: Adapter, *, allow_un
     loaded = _load_with_diffusers(path, family, names)
     unchanged = []
     for name, module in names.items():
-        trained = Change(module.down.detach().cpu(), module.up.detach().cpu(), module.alpha / module.rank)
+        trained = Change(module.down.detach().cpu(), module.up.detach().cpu(), module.scale)
         size = trained.distance()
         _check_change(path, name, trained, size, rebuilt[name], "ComfyUI's rules give", tolerance)
         _check_change(path, name, trained, size, loaded[name], "diffusers loads", tolerance)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Optimizer
 
-from lorasmith.engine.adapters import Adapter, AdapterModule
+from lorasmith.engine.adapters import DOWN, UP, Adapter, AdapterModule
 from lorasmith.engine.config import AdapterSettings, OptimizerSettings
 from lorasmith.engine.errors import CheckpointError
 from lorasmith.engine.optimizers import (
@@ -29,9 +29,8 @@ def small_adapter() -> Adapter:
     modules = []
     for component, path, rank, width in (("denoiser", "a", 8, 600), ("text_encoder", "b", 4, 16)):
         down = torch.randn(rank, width, generator=torch.Generator().manual_seed(rank))
-        modules.append(
-            AdapterModule(component, path, nn.Parameter(down), nn.Parameter(torch.zeros(32, rank)), rank, 8.0)
-        )
+        tensors = {DOWN: nn.Parameter(down), UP: nn.Parameter(torch.zeros(32, rank))}
+        modules.append(AdapterModule(component, path, "lora", tensors, rank, 8.0, 8.0 / rank))
     return Adapter(modules)
 
 
