@@ -94,10 +94,10 @@ def test_timesteps_are_uniform_over_the_whole_schedule() -> None:
 
 def test_noise_is_standard_normal_and_the_offset_adds_one_number_a_channel() -> None:
     latents = torch.zeros(64, 4, 16, 16)
-    plain = objective()._draw_noise(latents, 0, 0)
+    plain = objective().noise.draw(latents, 0, 0)
     assert plain.mean().abs() < 0.01
     assert plain.std() == pytest.approx(1.0, abs=0.01)
-    offset = objective(noise_offset=0.5)._draw_noise(latents, 0, 0) - plain
+    offset = objective(noise_offset=0.5).noise.draw(latents, 0, 0) - plain
     assert torch.allclose(offset, offset[:, :, :1, :1].expand_as(offset), atol=1e-5)
     assert offset[:, :, 0, 0].std() == pytest.approx(0.5, rel=0.15)
 
