@@ -24,7 +24,7 @@ from lorasmith.engine.draws import draw_key
 from lorasmith.engine.ema import WeightAverage
 from lorasmith.engine.families import Conditioning, Family
 from lorasmith.engine.lr_schedules import lr_factor
-from lorasmith.engine.objectives import DdpmObjective, build_objective, weighted_loss
+from lorasmith.engine.objectives import Objective, build_objective
 from lorasmith.engine.optimizers import (
     build_optimizer,
     effective_rate,
@@ -48,7 +48,7 @@ class Learner:
 
     family: Family
     adapter: Adapter
-    objective: DdpmObjective
+    objective: Objective
     optimizer: Optimizer
     loader: Loader
     conditionings: Mapping[str, Conditioning] | None
@@ -117,7 +117,7 @@ class Learner:
         noisy = self.objective.prepare(latents, weights, step, first, pixel_weights)
         conditioning = self.family.collate(self._conditionings(batch.captions))
         prediction = self.family.predict(noisy.noisy.to(dtype), noisy.timesteps, conditioning)
-        return weighted_loss(prediction, noisy)
+        return self.objective.loss(prediction, noisy)
 
     def state(self, *, copy: bool = True) -> tuple[TensorGroups, dict[str, Any]]:
         """Return what a resume needs: tensors on the CPU by the names of `group_names`, and a JSON-ready rest.
@@ -212,6 +212,7 @@ def build_learner(
     config: RunConfig,
 ) -> Learner:
     """Put together the objective, optimizer and scaler that `config` asks for; dropout is switched on."""
+    family.guidance = config.objective.guidance
     if config.train.gradient_checkpointing:
         enable_checkpointing(family, config)
     adapter.train()
