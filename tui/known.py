@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from lorasmith.engine.errors import DatasetError, LorasmithError
+from lorasmith.engine.errors import BaseModelError, DatasetError, LorasmithError
 from lorasmith.tui.draft import Draft, Problem
 from lorasmith.tui.draft_settings import BaseKey, DraftSettings
 from lorasmith.tui.findings import FoundBase, FoundDataset, Look, Probes, goal_of, recommend
@@ -200,6 +200,7 @@ class Known:
             look = self.current(name)
             if look is not None and look.error is not None:
                 found[key] = look.error
+        found |= self._missing_parts()
         found |= self._caption_failure()
         checked = self.checked
         # A question about captions is asked already by the setting that answers it.
@@ -214,6 +215,16 @@ class Known:
                 " ".join(error.title for error in errors), fix="The dataset page shows them with what to do."
             )
         return found
+
+    def _missing_parts(self) -> dict[str, LorasmithError]:
+        """Return what a recognised base lacks, by the setting that can name it."""
+        missing = self.base.identity.parts_missing if self.base is not None else ()
+        if self.base is None or not missing:
+            return {}
+        error = BaseModelError(f"{self.base.files.origin} has no {', no '.join(missing)}.", fix="Name the files apart.")
+        if self.base.files.kind == "folder":
+            return {"base.model": BaseModelError(error.what, fix="Choose a complete base model.")}
+        return {"base.vae" if "vae" in missing else "base.text_encoders": error}
 
     def _caption_failure(self) -> dict[str, LorasmithError]:
         checked = self.checked

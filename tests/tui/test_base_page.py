@@ -30,8 +30,9 @@ def local_draft(model: str = "/models/flux.safetensors", **answers: Any) -> Draf
 def lacking(model: str, revision: str, family: str, vae: str, encoders: tuple[str, ...], tell: Any) -> Any:
     """A base that lacks what is not given apart."""
     found = a_base(model)
+    files = dataclasses.replace(found.files, kind="single_file")
     missing = (*(() if vae else ("vae",)), *(() if encoders else ("text_encoder",)))
-    return dataclasses.replace(found, identity=dataclasses.replace(found.identity, parts_missing=missing))
+    return dataclasses.replace(found, files=files, identity=dataclasses.replace(found.identity, parts_missing=missing))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -63,6 +64,7 @@ async def test_parts_that_a_file_lacks_are_asked_for_and_taken(make_app: MakeApp
         assert vae.display
         assert encoders.display
         assert "Missing in these files: vae, text_encoder" in screen_text(app)
+        assert "base.vae" in {problem.key for problem in app.known.problems()}
         vae.value = "/models/ae.safetensors"
         encoders.value = "/models/clip_l.safetensors | /models/t5xxl.safetensors"
         await settle(pilot)
@@ -74,6 +76,7 @@ async def test_parts_that_a_file_lacks_are_asked_for_and_taken(make_app: MakeApp
         known = app.known.current("base_model")
         assert known is not None
         assert known.value.identity.parts_missing == ()
+        assert not {problem.key for problem in app.known.problems()} & {"base.vae", "base.text_encoders"}
         vae.value = ""
         await settle(pilot)
         assert "base.vae" not in app.draft.answers

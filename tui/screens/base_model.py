@@ -72,7 +72,8 @@ class BaseModelPage(WizardPage):
         self.query_one("#choice", OptionList).highlighted = list(CHOICES).index(chosen)
         usual = usual_models()
         self._usual = [model for model, _ in usual]
-        self.query_one("#usual", OptionList).add_options([f"{model}  {label}" for model, label in usual])
+        lines = [Text(f"{model}  {label}", no_wrap=True, overflow="ellipsis") for model, label in usual]
+        self.query_one("#usual", OptionList).add_options(lines)
         for key, (name, _, _) in PARTS.items():
             with self.prevent(Input.Changed):
                 self.query_one(f"#{name}", SafeInput).value = draft.text(key)
