@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 from lorasmith.engine.adapters import Adapter
 from lorasmith.engine.config import AdapterSettings, OptimizerSettings
 from lorasmith.engine.optimizers.fused_backward import FusedBackward as FusedBackward
+from lorasmith.engine.optimizers.groups import ONE_RATE as ONE_RATE
 from lorasmith.engine.optimizers.groups import parameter_groups as parameter_groups
 from lorasmith.engine.optimizers.schedule_free import ScheduleFreeAverage as ScheduleFreeAverage
-from lorasmith.engine.optimizers.schedule_free import ScheduleFreeProdigy
 from lorasmith.engine.optimizers.state import load_optimizer as load_optimizer
 from lorasmith.engine.optimizers.state import optimizer_tensors as optimizer_tensors
 
@@ -68,7 +68,9 @@ def _prodigy(groups: Groups, **settings: Any) -> Any:
 def _prodigy_schedulefree(groups: Groups, **settings: Any) -> Any:
     from pytorch_optimizer import Prodigy
 
-    # No momentum: averaging takes its place. No bias correction: both classes count the same steps in the group.
+    from lorasmith.engine.optimizers.schedule_free_prodigy import ScheduleFreeProdigy
+
+    # No momentum: averaging takes its place. No bias correction: both classes count steps in the same number.
     advice = {"weight_decouple": True, "bias_correction": False, "safeguard_warmup": True, "betas": (0.0, 0.999)}
     return ScheduleFreeProdigy(Prodigy(groups, **advice, **settings))
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from lorasmith.engine.adapters import DOWN, UP, Adapter, AdapterModule
 from lorasmith.engine.config import AdapterSettings, OptimizerSettings
 from lorasmith.engine.errors import CheckpointError
 from lorasmith.engine.optimizers import (
+    ONE_RATE,
     build_optimizer,
     effective_rate,
     load_optimizer,
@@ -21,7 +22,7 @@ from lorasmith.engine.optimizers import (
     set_learning_rates,
 )
 
-NAMES = ["adamw", "adamw8bit", "adafactor", "prodigy", "lion"]
+NAMES = list(get_args(OptimizerSettings.model_fields["name"].annotation))
 
 
 def small_adapter() -> Adapter:
@@ -35,7 +36,7 @@ def small_adapter() -> Adapter:
 
 
 def settings(name: str, **values: Any) -> OptimizerSettings:
-    return OptimizerSettings(name=name, learning_rate=1.0 if name == "prodigy" else 1e-3, **values)  # type: ignore[arg-type]
+    return OptimizerSettings(name=name, learning_rate=1.0 if name in ONE_RATE else 1e-3, **values)  # type: ignore[arg-type]
 
 
 def build(adapter: Adapter, name: str, **values: Any) -> Optimizer:
@@ -136,8 +137,8 @@ def test_settings_count_and_not_what_the_checkpoint_had(name: str) -> None:
         AdapterSettings(text_encoder_learning_rate=0.25),
     )
     load_optimizer(other, *optimizer_tensors(optimizer))
-    # Prodigy has one rate for all.
-    assert {group["base_lr"] for group in other.param_groups} == ({0.5} if name == "prodigy" else {0.5, 0.25})
+    # Some have one rate for all.
+    assert {group["base_lr"] for group in other.param_groups} == ({0.5} if name in ONE_RATE else {0.5, 0.25})
     assert {group["weight_decay"] for group in other.param_groups} == {0.2}
 
 
