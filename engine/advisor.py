@@ -116,9 +116,10 @@ def _advice(key: str, origin: str, entry: Mapping[str, Any], steps: int) -> Advi
 def _read_preset(family: str) -> dict[str, Any]:
     import lorasmith.presets
 
-    path = Path(next(iter(lorasmith.presets.__path__))) / f"{family}.toml"
-    if not path.is_file():
+    paths = [Path(folder) / f"{family}.toml" for folder in lorasmith.presets.__path__]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
         raise ConfigError(
-            f"There is no preset for {family}.", why=f"{path} is missing.", fix="Choose the settings yourself."
+            f"There is no preset for {family}.", why=f"{paths[0]} is missing.", fix="Choose the settings yourself."
         )
     return tomllib.loads(path.read_text(encoding="utf-8"))
