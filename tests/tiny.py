@@ -14,6 +14,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from tests.tiny_z_image import build_tiny_z_image
+
 TINY_SIDE = 64
 """Native resolution of the tiny models in pixels."""
 TINY_LATENT_CHANNELS = 4
@@ -67,7 +69,10 @@ def build_tiny_sd15(
     return folder
 
 
-TINY_BUILDERS: dict[str, Callable[[Path], Path]] = {"sd15": build_tiny_sd15}
+TINY_BUILDERS: dict[str, Callable[[Path], Path]] = {
+    "sd15": build_tiny_sd15,
+    "z_image": build_tiny_z_image,
+}
 """One builder a family, by family name: the contract tests run over these."""
 
 

@@ -67,9 +67,10 @@ def test_the_sizes_in_the_spec_are_those_of_what_is_encoded(family: Family) -> N
     spec, (latents,) = family.spec, family.encode_images(_pixels(1))
     side = TINY_SIDE // spec.latent_downscale
     assert latents.shape == (spec.latent_channels, side, side)
-    (conditioning,) = family.encode_prompts(["a red circle"])
-    numbers = sum(tensor.numel() for tensor in conditioning.values())
-    assert numbers_of_prompt(spec, family.identity) == numbers
+    short, longest = family.encode_prompts(["a red circle", "a red circle " * 500])
+    most = numbers_of_prompt(spec, family.identity)
+    assert sum(tensor.numel() for tensor in longest.values()) == most
+    assert sum(tensor.numel() for tensor in short.values()) <= most
 
 
 SETTINGS = DrawSettings(steps=3, guidance=3.0, height=TINY_SIDE, width=TINY_SIDE)
@@ -172,8 +173,9 @@ def test_prompts_are_encoded_without_a_batch_dimension_and_independently(family:
 
 
 def test_a_prompt_beyond_the_token_limit_is_cut_and_not_an_error(family: Family) -> None:
-    long, short = family.encode_prompts(["red " * 500, "red"])
-    assert {key: value.shape for key, value in long.items()} == {key: value.shape for key, value in short.items()}
+    long, longer, short = family.encode_prompts(["red " * 600, "red " * 900, "red"])
+    assert {key: value.shape for key, value in long.items()} == {key: value.shape for key, value in longer.items()}
+    assert sum(value.numel() for value in short.values()) <= sum(value.numel() for value in long.values())
 
 
 def test_gradients_reach_the_text_encoders(files: BaseFiles) -> None:
@@ -342,8 +344,9 @@ def test_block_classes_are_those_that_repeat_in_the_denoiser(family: Family) -> 
 def test_every_layer_has_a_name_of_its_own_in_every_layout(module: FamilyModule, family: Family) -> None:
     for layout in module.SPEC.layouts:
         names = [module.export_name(layout, "denoiser", path) for path, _ in family.denoiser.named_modules() if path]
-        encoder = family.text_encoders["text_encoder"]
-        names += [module.export_name(layout, "text_encoder", path) for path, _ in encoder.named_modules() if path]
+        for component in module.SPEC.trainable_text_encoders:
+            paths = [path for path, _ in family.text_encoders[component].named_modules() if path]
+            names += [module.export_name(layout, component, path) for path in paths]
         assert len(names) == len(set(names))
     with pytest.raises(ExportError, match="no flat-earth name"):
         module.export_name("flat-earth", "denoiser", "mid_block")
