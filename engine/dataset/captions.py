@@ -84,6 +84,11 @@ def full_prompt(caption: str | None, settings: CaptionSettings, regularization: 
     return _joined(prefix, caption, suffix, settings.trigger, regularization)
 
 
+def with_class(prompt: str, trigger: str, name: str) -> str:
+    """Return a composed prompt with `name` in the trigger's place: "zqx, a red coat" becomes "woman, a red coat"."""
+    return f"{_tidy(name)}{prompt.removeprefix(_tidy(trigger))}"
+
+
 def sample_prompts(
     items: Iterable[ImageItem], settings: CaptionSettings, seed: int, count: int = 3
 ) -> list[tuple[ImageItem, str]]:

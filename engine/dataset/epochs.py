@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,8 @@ import numpy.typing as npt
 
 from lorasmith.engine.config import RunConfig
 from lorasmith.engine.dataset.buckets import Bucket, BucketPlan
-from lorasmith.engine.dataset.captions import caption_for, is_drawn
+from lorasmith.engine.dataset.captions import caption_for, is_drawn, with_class
+from lorasmith.engine.dataset.items import ImageItem
 from lorasmith.engine.draws import python_rng
 
 _EPOCHS_AT_ONCE = 256
@@ -88,19 +90,46 @@ class Epochs:
             for index, use in zip(batch.indices, batch.uses, strict=True)
         ]
 
+    def preserved(self, micro: int, captions: Sequence[str]) -> list[str | None]:
+        """Return the prompts of micro-batch `micro` whose effect is to stay the base model's (`objective.preserve`).
+
+        `captions` are its prompts. None for a regularization picture, which does that by itself; no prompts at all
+        where nothing is preserved.
+        """
+        if self._config.objective.preserve == "off":
+            return []
+        items = [self._plan.samples[index].item for index in self.micro_batch(micro).indices]
+        return [self._preserved(item, caption) for item, caption in zip(items, captions, strict=True)]
+
     def all_captions(self, num_micro: int, limit: int | None = None) -> set[str] | None:
-        """Return every prompt of the first `num_micro` micro-batches; None where they are more than `limit`."""
+        """Return every prompt of the first `num_micro` micro-batches; None where they are more than `limit`.
+
+        Those whose effect is preserved are among them.
+        """
         settings, whole = self._config.captions, num_micro >= self._per_epoch
         found: set[str] = set()
         if whole and not any(is_drawn(view.samples[0].item, settings) for view in self._plan.views):
-            seed = self._config.run.seed
-            found = {caption_for(view.samples[0].item, settings, seed, 0, 0) for view in self._plan.views}
+            items, seed = [view.samples[0].item for view in self._plan.views], self._config.run.seed
+            pairs = [(item, caption_for(item, settings, seed, 0, 0)) for item in items]
+            preserved = {self._preserved(item, caption) for item, caption in pairs}
+            found = {caption for _, caption in pairs} | {prompt for prompt in preserved if prompt is not None}
             return found if limit is None or len(found) <= limit else None
         for micro in range(num_micro):
-            found.update(self.captions(micro))
+            captions = self.captions(micro)
+            found.update(captions)
+            found.update(prompt for prompt in self.preserved(micro, captions) if prompt is not None)
             if limit is not None and len(found) > limit:
                 return None
         return found
+
+    def _preserved(self, item: ImageItem, caption: str) -> str | None:
+        """Return the prompt to preserve for a use of a picture with that prompt; None where there is none."""
+        objective = self._config.objective
+        if objective.preserve == "off" or item.regularization:
+            return None
+        if objective.preserve == "blank":
+            return ""
+        return with_class(caption, self._config.captions.trigger, objective.preserve_class)
 
     def _place(self, micro: int) -> tuple[int, int]:
         """Return (epoch, position in it)."""

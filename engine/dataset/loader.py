@@ -6,7 +6,7 @@ Which samples and prompts a micro-batch has is told by `engine.dataset.epochs`; 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,7 +22,7 @@ class Batch:
 
     latents (B, C, h, w) float32 · one prompt each · sample indices in the plan · loss weights (B,) float32
     (`objective.prior_weight` for regularization pictures, else 1) · pixel weights (B, 1, h, w) float32 where a picture
-    of the batch has a mask, else None.
+    of the batch has a mask, else None · the prompts whose effect is preserved (`Epochs.preserved`), none if off.
     """
 
     latents: torch.Tensor
@@ -30,6 +30,7 @@ class Batch:
     indices: tuple[int, ...]
     weights: torch.Tensor
     pixel_weights: torch.Tensor | None = None
+    preserved: list[str | None] = field(default_factory=list)
 
     def pictures(self, start: int, end: int) -> Batch:
         """Return the part of the batch from picture `start` up to `end`; nothing is copied."""
@@ -40,6 +41,7 @@ class Batch:
             indices=self.indices[start:end],
             weights=self.weights[start:end],
             pixel_weights=None if pixels is None else pixels[start:end],
+            preserved=self.preserved[start:end],
         )
 
 
@@ -77,12 +79,14 @@ class Loader:
         indices = self.epochs.micro_batch(micro).indices
         prior = self._config.objective.prior_weight
         weights = [prior if self._samples[index].item.regularization else 1.0 for index in indices]
+        captions = self.epochs.captions(micro)
         return Batch(
             latents=torch.stack([self._latents[index] for index in indices]).float(),
-            captions=self.epochs.captions(micro),
+            captions=captions,
             indices=indices,
             weights=torch.tensor(weights),
             pixel_weights=self._weigh_pixels(indices),
+            preserved=self.epochs.preserved(micro, captions),
         )
 
     def captions(self, micro: int) -> list[str]:
