@@ -7,14 +7,13 @@ in it, so that accumulating 4 batches of 1 sees the same noise as one batch of 4
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from lorasmith.engine.config import ObjectiveSettings
 from lorasmith.engine.families import Family
-from lorasmith.engine.objectives import ddpm, flow
 from lorasmith.engine.objectives.ddpm import DdpmObjective as DdpmObjective
 from lorasmith.engine.objectives.ddpm import alphas_cumprod as alphas_cumprod
 from lorasmith.engine.objectives.ddpm import min_snr_weights as min_snr_weights
@@ -23,9 +22,6 @@ from lorasmith.engine.objectives.losses import MIN_MASK_MEAN as MIN_MASK_MEAN
 from lorasmith.engine.objectives.losses import NoisyBatch as NoisyBatch
 from lorasmith.engine.objectives.losses import mask_weights as mask_weights
 from lorasmith.engine.objectives.losses import weighted_loss as weighted_loss
-
-READS: Mapping[str, frozenset[str]] = {"ddpm": ddpm.READS, "flow": flow.READS}
-"""The objective settings that one kind of objective reads and another may not; those in neither are read by both."""
 
 
 class Objective(Protocol):

@@ -19,22 +19,6 @@ from lorasmith.engine.objectives.losses import NoisyBatch, huber_limits, weighte
 from lorasmith.engine.objectives.noise import NoiseSource, fixed_noise
 from lorasmith.engine.objectives.timesteps import draw_timestep, trained_range
 
-READS = frozenset(
-    {
-        "min_timestep",
-        "max_timestep",
-        "timestep_bias",
-        "min_snr_gamma",
-        "debiased",
-        "p2_gamma",
-        "zero_terminal_snr",
-        "noise_offset",
-        "multires_iterations",
-        "multires_discount",
-        "ip_noise",
-    }
-)
-"""The objective settings that this objective reads, beside those that both do."""
 _MIN_SNR = 1e-3
 """Below it the debiased weight of epsilon, 1/√SNR, grows no more: the last timestep of a zero-terminal schedule would
 have an infinite one. Stable Diffusion's own schedule ends at 0.0047."""
@@ -173,7 +157,8 @@ def snr_weights(alphas: Tensor, settings: ObjectiveSettings, *, velocity: bool) 
     All are made for the error of epsilon. The same error of velocity is (SNR + 1)/SNR times as large, so its weight is
     that of epsilon times SNR/(SNR + 1) = ᾱ; only then do both kinds of models learn the same at each timestep. With
     SNR = ᾱ/(1-ᾱ): min-SNR as `min_snr_weights` says, debiased estimation 1/√SNR (Yu et al., arXiv:2310.08442), P2
-    (1 + SNR)^-γ (Choi et al., arXiv:2204.00227, with k = 1), which is (1-ᾱ)^γ.
+    (1 + SNR)^-γ (Choi et al., arXiv:2204.00227, with k = 1), which is (1-ᾱ)^γ. (For velocity sd-scripts weighs debiased
+    estimation by 1/(SNR + 1), which is another distribution than the paper's.)
     """
     weights = min_snr_weights(alphas, settings.min_snr_gamma, velocity=velocity)
     if not (settings.debiased or settings.p2_gamma):

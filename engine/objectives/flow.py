@@ -2,6 +2,8 @@
 
 Liu et al., arXiv:2209.03003, and Esser et al., arXiv:2403.03206: noisy = (1 - σ) · latents + σ · noise, and the target
 is noise - latents. σ is drawn as `timesteps.FlowLevels` says; the shifted tables of the model's scheduler play no part.
+Pure noise is one of a flow's levels, so it needs neither noise offset nor a changed schedule to learn how dark or
+bright a whole picture is.
 """
 
 from __future__ import annotations
@@ -19,22 +21,6 @@ from lorasmith.engine.objectives.losses import NoisyBatch, huber_limits, weighte
 from lorasmith.engine.objectives.noise import NoiseSource, fixed_noise
 from lorasmith.engine.objectives.timesteps import FlowLevels
 
-READS = frozenset(
-    {
-        "min_timestep",
-        "max_timestep",
-        "timestep_sampling",
-        "timestep_bias",
-        "logit_mean",
-        "logit_std",
-        "mode_scale",
-        "shift",
-        "guidance",
-        "ip_noise",
-    }
-)
-"""The objective settings that this objective reads, beside those that both do. Pure noise is one of a flow's levels, so
-that it needs neither noise offset nor a changed schedule for dark and bright pictures."""
 TIME_SCALE = 1000.0
 """Timesteps are so many times sigma."""
 
