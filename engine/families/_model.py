@@ -51,12 +51,9 @@ class LoadedModel:
         *,
         apart: bool = False,
     ) -> None:
-        import torch
-
         loading.quiet_libraries()
         self.identity, self.device, self.dtype, self.files = identity, device, dtype, files
-        # In fp16 the autoencoder's activations overflow for some pictures, and the latents are NaN.
-        self.vae_dtype = torch.float32 if dtype == torch.float16 else dtype
+        self.vae_dtype = self.choose_vae_dtype()
         self.guidance = 1.0
         self.tile_side = 0
         self._apart, self._draws_on_cpu, self._encodes_images = apart, False, True
@@ -70,6 +67,15 @@ class LoadedModel:
             self.text_encoders[component] = encoder if apart else encoder.to(device)
         if not apart:
             self._vae = self._prepared_vae()
+
+    def choose_vae_dtype(self) -> torch.dtype:
+        """Return the number format of the autoencoder.
+
+        In fp16 its activations overflow for some pictures, and the latents are NaN.
+        """
+        import torch
+
+        return torch.float32 if self.dtype == torch.float16 else self.dtype
 
     def load_noise_schedule(self) -> Mapping[str, Any]:
         """Return the scheduler configuration of the model's own files."""

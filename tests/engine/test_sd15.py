@@ -36,6 +36,12 @@ def _draw(family: Family) -> np.ndarray[Any, Any]:
     return np.asarray(picture).astype(int)
 
 
+def _offer_tokenizer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (folder / "clip").exists():
+        (folder / "clip").symlink_to(folder / "tokenizer")
+    monkeypatch.setenv("LORASMITH_TOKENIZERS", str(folder))
+
+
 @pytest.fixture(scope="module", params=["1.x", "2.x"])
 def version(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -168,7 +174,7 @@ def test_a_single_file_gives_the_same_weights_and_pictures_as_its_folder(
     checkpoint: tuple[Path, Path], version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, file = checkpoint
-    monkeypatch.setenv("LORASMITH_CLIP_TOKENIZER", str(folder / "tokenizer"))
+    _offer_tokenizer(folder, monkeypatch)
     single, reference = _load(file), _load(folder)
     assert single.identity.variant == version
     assert single.identity.native_resolution == 512
@@ -191,7 +197,7 @@ def test_a_single_file_without_a_tokenizer_on_the_machine_tells_the_command_that
 ) -> None:
     import huggingface_hub.constants
 
-    monkeypatch.delenv("LORASMITH_CLIP_TOKENIZER", raising=False)
+    monkeypatch.delenv("LORASMITH_TOKENIZERS", raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(BaseModelError) as caught:
         sd15.load_tokenizers(locate_base(str(checkpoint[1])))
@@ -231,7 +237,7 @@ def test_a_file_without_autoencoder_is_recognized_and_refused_by_the_missing_par
 def test_a_file_that_lacks_one_weight_is_refused_and_the_weight_named(
     checkpoint: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LORASMITH_CLIP_TOKENIZER", str(checkpoint[0] / "tokenizer"))
+    _offer_tokenizer(checkpoint[0], monkeypatch)
     weights = load_file(checkpoint[1])
     weights.pop("model.diffusion_model.middle_block.2.in_layers.2.weight")
     save_file(weights, tmp_path / "broken.safetensors")
