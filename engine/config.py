@@ -12,13 +12,14 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field, model_validator
 
+from lorasmith.engine.combinations import contradictions as contradictions
+from lorasmith.engine.config_adapter import AdapterSettings as AdapterSettings
 from lorasmith.engine.config_data import BaseSettings as BaseSettings
 from lorasmith.engine.config_data import CaptionSettings as CaptionSettings
 from lorasmith.engine.config_data import DatasetSettings as DatasetSettings
 from lorasmith.engine.config_data import Probability as Probability
 from lorasmith.engine.config_data import RunSettings as RunSettings
 from lorasmith.engine.config_data import Section as Section
-from lorasmith.engine.config_training import AdapterSettings as AdapterSettings
 from lorasmith.engine.config_training import ObjectiveSettings as ObjectiveSettings
 from lorasmith.engine.config_training import OptimizerSettings as OptimizerSettings
 from lorasmith.engine.config_training import ScheduleSettings as ScheduleSettings
@@ -92,48 +93,3 @@ class RunConfig(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
-
-
-def contradictions(config: RunConfig) -> list[str]:
-    """Return one sentence, with its fix, for each pair of settings that cannot both hold."""
-    problems = []
-    prodigy = config.optimizer.name == "prodigy"
-    if prodigy and config.optimizer.learning_rate != 1.0:
-        problems.append(
-            "optimizer.learning_rate must be 1.0 with optimizer.name = prodigy, which finds the rate itself"
-        )
-    if prodigy and config.optimizer.lora_plus_ratio != 1.0:
-        problems.append("optimizer.lora_plus_ratio must be 1.0 with prodigy, which needs one rate for all weights")
-    if not _is_file_name(config.run.name):
-        problems.append(
-            "run.name must be usable as a file name: no slashes or control characters, not blank, no . or .."
-        )
-    weights, folders = len(config.dataset.weights), 1 + len(config.dataset.more_folders)
-    if weights not in (0, folders):
-        problems.append(
-            f"dataset.weights has {weights} numbers for {folders} datasets; give one for each, dataset.folder first"
-        )
-    problems += _schedule_problems(config)
-    if config.captions.trigger and not config.captions.trigger.strip():
-        problems.append("captions.trigger is blank; give a word such as zqx, or remove the setting")
-    if "," in config.captions.trigger:
-        problems.append("captions.trigger must not contain a comma, since commas separate tags")
-    return problems
-
-
-def _schedule_problems(config: RunConfig) -> list[str]:
-    start, warmup, steps = config.schedule.start_step, config.schedule.warmup_steps, config.train.steps
-    if start >= steps:
-        return [f"schedule.start_step ({start}) must be smaller than train.steps ({steps}): the schedule never begins"]
-    if warmup < steps - start:
-        return []
-    if not start:
-        return ["schedule.warmup_steps must be smaller than train.steps, or the full rate is never reached"]
-    return [
-        f"schedule.warmup_steps ({warmup}) must be smaller than the {steps - start} steps after schedule.start_step, "
-        "or the full rate is never reached"
-    ]
-
-
-def _is_file_name(name: str) -> bool:
-    return name.strip() not in ("", ".", "..") and name.isprintable() and not set(name) & set("/\\")

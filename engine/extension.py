@@ -14,6 +14,7 @@ from typing import Any
 import tomlkit
 
 from lorasmith.engine.checkpoints import Checkpoint, load_checkpoint, newest_checkpoint
+from lorasmith.engine.combinations import ONE_RATE
 from lorasmith.engine.config import RunConfig
 from lorasmith.engine.errors import CheckpointError, ConfigError
 from lorasmith.engine.lr_schedules import lr_factor
@@ -31,6 +32,10 @@ _SHAPES = {
     "linear": "the rate falls in a straight line",
     "cosine": "the cosine begins anew",
     "cosine_restarts": "the cosines with restarts begin anew",
+    "polynomial": "the polynomial fall begins anew",
+    "rex": "the REX fall begins anew",
+    "wsd": "the rate stays, then falls over the last part,",
+    "inverse_sqrt": "the fall by the square root begins anew",
 }
 
 
@@ -199,8 +204,8 @@ def _rate_words(past: RunConfig, config: RunConfig, step: int) -> list[str]:
     sentences = [told]
     if step and (last := _rate(past, step)) != (first := _rate(config, step + 1)):
         sentences.append(f"The rate goes from {last:.3g} in step {step} to {first:.3g} in step {step + 1}.")
-    if config.optimizer.name == "prodigy":
-        sentences.append("These rates are factors on the one that Prodigy finds.")
+    if config.optimizer.name in ONE_RATE:
+        sentences.append(f"These rates are factors on the one that {config.optimizer.name.capitalize()} finds.")
     return sentences
 
 

@@ -22,10 +22,14 @@ from lorasmith.engine.dataset.loader import Batch, Loader
 from lorasmith.engine.dataset.prefetch import Prefetcher
 from lorasmith.engine.draws import draw_key
 from lorasmith.engine.ema import WeightAverage
+from lorasmith.engine.errors import ConfigError
 from lorasmith.engine.families import Conditioning, Family
 from lorasmith.engine.lr_schedules import lr_factor
 from lorasmith.engine.objectives import Objective, build_objective
 from lorasmith.engine.optimizers import (
+    SCHEDULE_FREE,
+    FusedBackward,
+    ScheduleFreeAverage,
     build_optimizer,
     effective_rate,
     load_optimizer,
@@ -42,7 +46,8 @@ class Learner:
     """Everything that a step needs.
 
     `conditionings` holds cached prompts; None where the text encoder stays in memory and encodes them as they come:
-    because it is trained, or because there are too many. `average` is there where `train.ema_decay` asks for it.
+    because it is trained, or because there are too many. `average` is there where `train.ema_decay` or the optimizer
+    averages weights, `fused` where `optimizer.fused_backward` asks for it.
     `memory` is JSON-ready and part of the state: the rungs of the memory ladder that were taken (`Rungs.shared`).
     """
 
@@ -54,7 +59,8 @@ class Learner:
     conditionings: Mapping[str, Conditioning] | None
     config: RunConfig
     scaler: torch.amp.GradScaler | None
-    average: WeightAverage | None = None
+    average: WeightAverage | ScheduleFreeAverage | None = None
+    fused: FusedBackward | None = None
     memory: dict[str, Any] = field(default_factory=dict)
     pictures_at_once: int = 0
     """Pictures of a micro-batch that take memory together; 0: all of it."""
@@ -97,9 +103,11 @@ class Learner:
             loss = self.batch_loss(piece, step, part * train.batch_size + start)
             if piece is not batch:
                 loss = loss * (len(piece.indices) / num)
+            losses.append(loss.detach())
+            if self.fused and start + at_once >= num and part == train.gradient_accumulation - 1:
+                self.fused.arm(self.guard.judge(step, torch.stack(losses).sum()), self.before_update)
             scaled = loss / train.gradient_accumulation if train.gradient_accumulation > 1 else loss
             (self.scaler.scale(scaled) if self.scaler else scaled).backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def set_rates(self, step: int) -> None:
@@ -182,6 +190,11 @@ class Learner:
 
     def _update(self, step: int, loss: Tensor) -> Tensor:
         """Clip, step and clear the gradients; returns their norm before clipping."""
+        if self.fused:
+            norm = self.fused.finish()
+            # Judged once more: a gradient that is no number comes too late to be left out, but it counts.
+            self._follow(step, self.guard.judge(step, loss + norm))
+            return norm
         parameters = self.adapter.parameters()
         if self.before_update:
             self.before_update()
@@ -198,10 +211,15 @@ class Learner:
         else:
             left_out = self.guard.judge(step, loss + norm)
             self.guard.apply(left_out)
-        if self.average:
-            self.average.update(step, left_out)
+        self._follow(step, left_out)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _follow(self, step: int, left_out: Tensor) -> None:
+        """Do what follows each update of the weights."""
+        self.adapter.after_step()
+        if self.average:
+            self.average.update(step, left_out)
 
 
 def build_learner(
@@ -216,17 +234,35 @@ def build_learner(
     if config.train.gradient_checkpointing:
         enable_checkpointing(family, config)
     adapter.train()
+    scaler = build_scaler(family.device, family.dtype)
+    if scaler and config.optimizer.fused_backward:
+        raise ConfigError(
+            "optimizer.fused_backward cannot be used here: this device computes in fp16.",
+            why="fp16 needs all gradients at once, to tell which of them overflowed.",
+            fix="Set train.precision to fp32, or optimizer.fused_backward to false.",
+        )
+    optimizer = build_optimizer(adapter, config.optimizer, config.adapter)
     return Learner(
         family=family,
         adapter=adapter,
         objective=build_objective(family, config.objective, config.run.seed),
-        optimizer=build_optimizer(adapter, config.optimizer, config.adapter),
+        optimizer=optimizer,
         loader=loader,
         conditionings=conditionings,
         config=config,
-        scaler=build_scaler(family.device, family.dtype),
-        average=WeightAverage(adapter.parameters(), decay) if (decay := config.train.ema_decay) else None,
+        scaler=scaler,
+        average=_build_average(optimizer, adapter, config),
+        fused=FusedBackward(optimizer, adapter.parameters()) if config.optimizer.fused_backward else None,
     )
+
+
+def _build_average(
+    optimizer: Optimizer, adapter: Adapter, config: RunConfig
+) -> WeightAverage | ScheduleFreeAverage | None:
+    if config.optimizer.name in SCHEDULE_FREE:
+        return ScheduleFreeAverage(optimizer, adapter.parameters())
+    decay = config.train.ema_decay
+    return WeightAverage(adapter.parameters(), decay) if decay else None
 
 
 def enable_checkpointing(family: Family, config: RunConfig) -> None:

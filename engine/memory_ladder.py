@@ -74,6 +74,8 @@ class MemoryLadder:
             )
         if undo is not None:
             undo.put_back()
+        if learner.fused:
+            learner.fused.cancel()
         learner.guard.settle()
         learner.optimizer.zero_grad(set_to_none=True)
         if learner.scaler is not None:

@@ -13,6 +13,7 @@ from typing import NoReturn
 import torch
 
 from lorasmith.engine.checkpoints import Checkpoint, newest_checkpoint
+from lorasmith.engine.combinations import ONE_RATE
 from lorasmith.engine.compute import has_bf16
 from lorasmith.engine.errors import TrainingError
 from lorasmith.engine.event_words import some_names
@@ -67,7 +68,7 @@ def propose(parts: TrainingParts, error: NotFiniteError) -> Change:
         precision = "bf16" if has_bf16(parts.learner.family.device) else "fp32"
         words = f"Compute in {precision}, whose numbers reach further than those of fp16."
         return Change(words, f"train.precision={precision}")
-    if config.optimizer.name == "prodigy":
+    if config.optimizer.name in ONE_RATE:
         # It finds the rate itself, which must stay 1; shorter gradients let it find a lower one.
         limit = (config.optimizer.max_grad_norm or 1.0) * RATE_FACTOR
         return Change("Shorten the gradients.", f"optimizer.max_grad_norm={limit:.3g}")

@@ -19,7 +19,10 @@ WINDOW = 20
 """Steps within which bad ones are counted."""
 MAX_BAD = {"skip": 3, "stop": 1}
 """The how-manieth bad step within `WINDOW` ends the attempt, by `train.not_finite`."""
-_WAITING = ("adamw8bit", "prodigy")
+_WAITING = (
+    *("adamw8bit", "paged_adamw", "paged_adamw8bit", "lion8bit", "paged_lion8bit", "ademamix", "ademamix8bit"),
+    *("prodigy", "prodigy_schedulefree", "dadaptation"),
+)
 """Optimizers that wait for the device in each step by themselves, so that asking it costs nothing more."""
 
 

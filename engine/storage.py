@@ -16,12 +16,31 @@ from pathlib import Path
 
 import platformdirs
 
+from lorasmith.engine.combinations import SCHEDULE_FREE
 from lorasmith.engine.errors import StorageError
 
 CHUNK_BYTES = 1 << 20
 
-OPTIMIZER_BYTES: Mapping[str, float] = {"adamw": 8, "adamw8bit": 8, "adafactor": 4, "prodigy": 16, "lion": 4}
-"""State bytes for each trained number; upper bounds (8-bit AdamW keeps small tensors in 32 bits)."""
+OPTIMIZER_BYTES: Mapping[str, float] = {
+    "adamw": 8,
+    "adamw8bit": 8,
+    "paged_adamw": 8,
+    "paged_adamw8bit": 8,
+    "adamw_schedulefree": 8,
+    "adafactor": 4,
+    "lion": 4,
+    "lion8bit": 4,
+    "paged_lion8bit": 4,
+    "prodigy": 16,
+    "prodigy_schedulefree": 20,
+    "dadaptation": 12,
+    "came": 8,
+    "ademamix": 12,
+    "ademamix8bit": 12,
+}
+"""State bytes for each trained number; upper bounds (8-bit ones keep weights with few numbers in 32 bits).
+
+What keeps rows and columns instead of whole weights (`adafactor`, `came`) is counted for rank 2."""
 
 ADVICE: Mapping[int, str] = {
     errno.EMFILE: "Allow more open files with `ulimit -n 8192`, or close other programs.",
@@ -198,8 +217,10 @@ def is_disk_full(error: OSError | str) -> bool:
 def checkpoint_bytes(num_parameters: int, optimizer: str, *, averaged: bool = False) -> int:
     """Return how large one checkpoint of `num_parameters` trained numbers becomes at most.
 
-    `averaged` where the run keeps a running average of them as well (`train.ema_decay`).
+    `averaged` where the run keeps a running average of them as well (`train.ema_decay`); schedule-free optimizers
+    always do.
     """
+    averaged = averaged or optimizer in SCHEDULE_FREE
     return int(num_parameters * (4 + 4 * averaged + OPTIMIZER_BYTES[optimizer])) + 1_000_000
 
 

@@ -15,9 +15,10 @@ import torch
 from torch.optim import Optimizer
 
 from lorasmith.engine.adapters import Adapter
+from lorasmith.engine.combinations import ONE_RATE as ONE_RATE
+from lorasmith.engine.combinations import SCHEDULE_FREE as SCHEDULE_FREE
 from lorasmith.engine.config import AdapterSettings, OptimizerSettings
 from lorasmith.engine.optimizers.fused_backward import FusedBackward as FusedBackward
-from lorasmith.engine.optimizers.groups import ONE_RATE as ONE_RATE
 from lorasmith.engine.optimizers.groups import parameter_groups as parameter_groups
 from lorasmith.engine.optimizers.schedule_free import ScheduleFreeAverage as ScheduleFreeAverage
 from lorasmith.engine.optimizers.state import load_optimizer as load_optimizer

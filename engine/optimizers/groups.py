@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from lorasmith.engine.adapters import UP, Adapter, AdapterModule
+from lorasmith.engine.combinations import ONE_RATE
 from lorasmith.engine.config import OptimizerSettings
-
-ONE_RATE = ("prodigy", "prodigy_schedulefree", "dadaptation")
-"""Optimizers that find one learning rate for all weights, as a distance from where they began."""
 
 
 def parameter_groups(adapter: Adapter, settings: OptimizerSettings, text_encoder_rate: float) -> list[dict[str, Any]]:
