@@ -8,24 +8,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lorasmith.engine.errors import BaseModelError, HubError, StorageError
-from lorasmith.engine.safetensors_header import PICKLE_FIX, PICKLE_SUFFIXES
+from lorasmith.engine.hub_choice import SKIPPED_PARTS, needed_files
 from lorasmith.engine.storage import free_bytes, is_disk_full, readable_size
 
 OnProgress = Callable[[str, int, int], None]
 """Called with (file name, bytes done, bytes in all)."""
-_SKIPPED_PARTS = {"safety_checker", "feature_extractor", "image_encoder"}
-_TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja")
-_PLAIN_WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-_FP16_WEIGHTS = re.compile(
-    r"(model|diffusion_pytorch_model)(\.fp16(-\d{5}-of-\d{5})?|-\d{5}-of-\d{5}\.fp16)\.safetensors"
-    r"|(model|diffusion_pytorch_model)\.(fp16\.safetensors\.index|safetensors\.index\.fp16)\.json"
-)
 
 
 def download_base(repo: str, revision: str = "main", on_progress: OnProgress | None = None) -> Path:
@@ -37,6 +30,83 @@ def download_base(repo: str, revision: str = "main", on_progress: OnProgress | N
     """
     wanted = _Wanted(repo, revision, "base.model")
     return _reach(wanted, lambda: _download(repo, revision, on_progress), lambda: cached_folder(repo, revision))
+
+
+def download_file(repo: str, name: str, revision: str, setting: str, on_progress: OnProgress | None = None) -> Path:
+    """Download one file of a repository at the commit that `revision` is now, and return its path.
+
+    `setting` is what the user calls it. Without a network a cached copy is used. Raises as `download_base`.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    def download() -> Path:
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+        sizes = {item.rfilename: int(item.size or 0) for item in info.siblings or []}
+        if name not in sizes:
+            near = [other for other in sizes if PurePosixPath(other).suffix == PurePosixPath(name).suffix]
+            raise BaseModelError(
+                f"{repo} has no file {name}.",
+                why=f"It has {', '.join(near[:3])}{' and more' if len(near) > 3 else ''}." if near else "",
+                fix=f"Check {setting}.",
+            )
+        folder = _fetch_all(repo, str(info.sha), [name], sizes, on_progress)
+        _remember_branch(repo, revision, str(info.sha), folder)
+        return folder / name
+
+    def cached() -> Path | None:
+        found = try_to_load_from_cache(repo, name, revision=revision)
+        return Path(found) if isinstance(found, str) else None
+
+    return _reach(_Wanted(repo, revision, setting), download, cached)
+
+
+@dataclass(frozen=True)
+class DownloadPart:
+    """One part of a model on the Hub: its bytes, and those of them that are not on this machine yet."""
+
+    name: str
+    bytes: int
+    missing_bytes: int
+
+
+def list_download(repo: str, revision: str = "main", file: str = "") -> list[DownloadPart]:
+    """Return the parts of a base model, or the one `file`, with their sizes, the largest first; downloads no weights.
+
+    An empty list where the Hub is out of reach but the model is in the cache. Raises as `download_base`.
+    """
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+
+    found: list[DownloadPart] = []
+
+    def ask() -> Path:
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+        sizes = {item.rfilename: int(item.size or 0) for item in info.siblings or []}
+        commit = str(info.sha)
+        names = [file] if file else _needed(repo, commit, sizes, hf_hub_download)
+        parts: dict[str, list[int]] = {}
+        for name in names:
+            present = isinstance(try_to_load_from_cache(repo, name, revision=commit), str)
+            counts = parts.setdefault(name if file else name.rpartition("/")[0] or "model card and index", [0, 0])
+            counts[0] += sizes.get(name, 0)
+            counts[1] += 0 if present else sizes.get(name, 0)
+        found.extend(DownloadPart(name, *counts) for name, counts in parts.items())
+        return Path()
+
+    _reach(_Wanted(repo, revision, "base.model"), ask, lambda: cached_folder(repo, revision))
+    return sorted(found, key=lambda part: -part.bytes)
+
+
+def describe_download(parts: list[DownloadPart]) -> str:
+    """Return what is to be downloaded in one sentence, with the room for it; "" where nothing is."""
+    from huggingface_hub import constants
+
+    missing = [part for part in parts if part.missing_bytes]
+    if not missing:
+        return ""
+    listed = ", ".join(f"{part.name} {readable_size(part.missing_bytes)}" for part in missing)
+    total = sum(part.missing_bytes for part in missing)
+    free = readable_size(free_bytes(Path(constants.HF_HUB_CACHE)))
+    return f"To download: {readable_size(total)} ({listed}); {free} free in {constants.HF_HUB_CACHE}."
 
 
 def download_files(
@@ -101,66 +171,30 @@ def _reach(wanted: _Wanted, download: Callable[[], Path], cached: Callable[[], P
         raise _explain(error, wanted) from None
 
 
-def needed_part_files(part: str, names: Iterable[str], repo: str) -> list[str]:
-    """Choose the configurations, tokenizer files and safetensors weights of one part; "" is the repository's root.
-
-    Plain weights are preferred to the fp16 variant. Raises BaseModelError where there are pickled weights only.
-    """
-    inside = [name for name in names if PurePosixPath(name).parent == PurePosixPath(part)]
-    return _part_files(part, inside, repo)
-
-
-def needed_files(names: Iterable[str], index: dict[str, Any], repo: str) -> list[str]:
-    """Choose the files of a repository to download; `index` is its model_index.json.
-
-    Plain weights are preferred to the fp16 variant. Raises BaseModelError where a part has pickled weights only.
-    """
-    all_names = list(names)
-    # The card names the license.
-    chosen = ["model_index.json", *(name for name in all_names if name == "README.md")]
-    parts = [key for key, value in index.items() if isinstance(value, list) and value and value[0]]
-    for part in sorted(set(parts) - _SKIPPED_PARTS):
-        chosen += needed_part_files(part, all_names, repo)
-    return chosen
-
-
-def _part_files(part: str, inside: list[str], repo: str) -> list[str]:
-    def matching(pattern: re.Pattern[str]) -> list[str]:
-        return [name for name in inside if pattern.fullmatch(PurePosixPath(name).name)]
-
-    weights = matching(_PLAIN_WEIGHTS)
-    if not any(name.endswith(".safetensors") for name in weights):
-        weights = matching(_FP16_WEIGHTS)
-    pickles = [name for name in inside if name.endswith(PICKLE_SUFFIXES)]
-    if pickles and not weights:
-        raise BaseModelError(
-            f"{repo} has its {part or 'weights'} only as a pickle, {pickles[0]}.",
-            why="Opening a pickle can run code.",
-            fix=PICKLE_FIX,
-        )
-    texts = [name for name in inside if name.endswith(_TEXT_SUFFIXES) and ".index." not in name]
-    return sorted({*texts, *weights})
-
-
 def _download(repo: str, revision: str, on_progress: OnProgress | None) -> Path:
     from huggingface_hub import HfApi, hf_hub_download
 
     info = HfApi().model_info(repo, revision=revision, files_metadata=True)
     sizes = {item.rfilename: int(item.size or 0) for item in info.siblings or []}
+    commit = str(info.sha)
+    folder = _fetch_all(repo, commit, _needed(repo, commit, sizes, hf_hub_download), sizes, on_progress)
+    _remember_branch(repo, revision, commit, folder)
+    return folder
+
+
+def _needed(repo: str, commit: str, sizes: Mapping[str, int], fetch: Callable[..., str]) -> list[str]:
+    """Return the files of a base model by its model_index.json, which is fetched; raises BaseModelError without one."""
     if "model_index.json" not in sizes:
         singles = [name for name in sizes if name.endswith(".safetensors")]
         raise BaseModelError(
             f"{repo} is not in the diffusers layout: it has no model_index.json.",
             why=f"It holds {', '.join(singles[:2])}." if singles else "",
-            fix="Download its .safetensors file and set base.model to that path, or choose another repository.",
+            fix=f"Set base.model to one of its files, such as {repo}/{singles[0]}."
+            if singles
+            else "Choose another repository.",
         )
-
-    commit = str(info.sha)
-    index = Path(hf_hub_download(repo, "model_index.json", revision=commit))
-    files = needed_files(sizes, json.loads(index.read_text(encoding="utf-8")), repo)
-    _fetch_all(repo, commit, files, sizes, on_progress)
-    _remember_branch(repo, revision, commit, index.parent)
-    return index.parent
+    index = Path(fetch(repo, "model_index.json", revision=commit))
+    return needed_files(sizes, json.loads(index.read_text(encoding="utf-8")), repo)
 
 
 def _fetch_all(
@@ -238,7 +272,7 @@ def cached_folder(repo: str, revision: str) -> Path | None:
     if not isinstance(found, str):
         return None
     index = json.loads(Path(found).read_text(encoding="utf-8"))
-    parts = {key for key, value in index.items() if isinstance(value, list) and value and value[0]} - _SKIPPED_PARTS
+    parts = {key for key, value in index.items() if isinstance(value, list) and value and value[0]} - SKIPPED_PARTS
     folder = Path(found).parent
     return folder if all(_is_complete(folder / part) for part in parts) else None
 

@@ -10,7 +10,7 @@ from lorasmith.engine.config import RunConfig
 from lorasmith.engine.dataset.captions import require_trigger
 from lorasmith.engine.dataset.scan import require_folders
 from lorasmith.engine.errors import StorageError
-from lorasmith.engine.sources import is_hub_id, locate_configured
+from lorasmith.engine.sources import locate_configured, on_hub
 from lorasmith.engine.storage import nearest_existing
 
 
@@ -24,7 +24,7 @@ def require_ready(config: RunConfig) -> None:
     require_trigger(config.captions)
     folders = require_folders(config.dataset)
     # What the Hub has is only known by asking it, which the run itself does.
-    if not is_hub_id(config.base.model):
+    if not any(on_hub(name) for name in (config.base.model, config.base.vae, *config.base.text_encoders)):
         locate_configured(config.base)
     _require_output(Path(config.run.output_folder).expanduser(), folders)
 

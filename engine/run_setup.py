@@ -32,7 +32,7 @@ from lorasmith.engine.memory import weights_bytes
 from lorasmith.engine.out_of_memory import FREE_CACHE, Rung, Rungs
 from lorasmith.engine.previews import preview_prompts
 from lorasmith.engine.resume import is_extended
-from lorasmith.engine.sources import BaseFiles, locate_configured
+from lorasmith.engine.sources import BaseFiles, hub_file, is_hub_id, locate_configured
 from lorasmith.engine.storage import free_bytes, readable_size, require_writable
 
 LEFTOVERS = (".*.tmp", ".proving-*.safetensors", ".write-test-*")
@@ -87,12 +87,25 @@ def announce(
 def find_base(config: RunConfig, emit: Callable[[Event], None]) -> FoundBase:
     """Locate and recognise the base model from its headers; a model on the Hub is downloaded."""
     emit(StageChanged(stage="scan", label="Checking the base model and the dataset"))
+    _tell_download(config, emit)
     files = locate_configured(config.base, report_progress(emit, "scan"))
     module, identity = identify_base(files, config.base.family)
     if config.base.prediction != "auto":
         identity = dataclasses.replace(identity, prediction=config.base.prediction)
     emit(Logged(severity="info", message=f"Base model: {identity.label} ({files.origin})."))
     return FoundBase(files, module, identity)
+
+
+def _tell_download(config: RunConfig, emit: Callable[[Event], None]) -> None:
+    """Say which parts are downloaded and how large they are, before they are."""
+    model = config.base.model.strip()
+    repo, file = (model, "") if is_hub_id(model) else hub_file(model) or ("", "")
+    if not repo:
+        return
+    from lorasmith.engine.hub import describe_download, list_download
+
+    if words := describe_download(list_download(repo, config.base.revision, file)):
+        emit(Logged(severity="info", message=words))
 
 
 def load_base(base: FoundBase, compute: Compute, emit: Callable[[Event], None], rungs: Rungs | None = None) -> Family:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorasmith.engine.errors import BaseModelError
+from lorasmith.engine.errors import BaseModelError, HubError
 from lorasmith.engine.safetensors_header import PICKLE_FIX, PICKLE_SUFFIXES, refuse_format
 from lorasmith.engine.safetensors_header import TensorInfo as TensorInfo
 from lorasmith.engine.safetensors_header import read_header as read_header
@@ -29,6 +29,7 @@ _CARD_FIELD = re.compile(r"(?P<key>license|license_name):(?P<value>.*)")
 _WEIGHT_FILE = re.compile(r"(?:model|diffusion_pytorch_model)(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors")
 _SHARD_VARIANT = re.compile(r"-\d{5}-of-\d{5}\.(?P<variant>\w+)\.safetensors$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILE = re.compile(rf"(?P<repo>{_HUB_ID.pattern})/(?P<file>[\w.][^\\\0]*\.safetensors)")
 
 OnProgress = Callable[[str, int, int], None]
 """Called with (file name, bytes done, bytes in all)."""
@@ -142,6 +143,8 @@ def locate_base(model: str, revision: str = "main", on_progress: OnProgress | No
         return BaseFiles("single_file", path.resolve(), model)
     if path.is_dir():
         return BaseFiles("folder", path.resolve(), model)
+    if hub_file(name):
+        return BaseFiles("single_file", _hub_path(name, revision, "base.model", on_progress), model)
     if not is_hub_id(name):
         raise BaseModelError(
             f"There is no file or folder {name}.",
@@ -156,19 +159,51 @@ def locate_base(model: str, revision: str = "main", on_progress: OnProgress | No
 def locate_configured(settings: BaseSettings, on_progress: OnProgress | None = None) -> BaseFiles:
     """Find the base model of a run with the parts that it names apart; raises as `locate_base`."""
     files = locate_base(settings.model, settings.revision, on_progress)
-    vae = _part_file(settings.vae, "base.vae") if settings.vae else None
-    encoders = tuple(_part_file(name, "base.text_encoders") for name in settings.text_encoders)
+    vae = _part_file(settings.vae, "base.vae", on_progress) if settings.vae else None
+    encoders = tuple(_part_file(name, "base.text_encoders", on_progress) for name in settings.text_encoders)
     return dataclasses.replace(files, vae_file=vae, encoder_files=encoders)
 
 
-def _part_file(name: str, setting: str) -> Path:
+def _part_file(name: str, setting: str, on_progress: OnProgress | None) -> Path:
     path = Path(name).expanduser()
+    if hub_file(name):
+        path = _hub_path(name, "main", setting, on_progress)
     if not path.is_file():
         raise BaseModelError(f"There is no file {name}.", fix=f"Check {setting}.")
     if path.suffix.lower() != ".safetensors":
         refuse_format(path)
     read_header(path)
     return path.resolve()
+
+
+def _hub_path(name: str, revision: str, setting: str, on_progress: OnProgress | None) -> Path:
+    """Download the one file that `name` is on the Hub; its path keeps the file's own name."""
+    from lorasmith.engine.hub import download_file
+
+    repo, file = hub_file(name) or ("", "")
+    try:
+        path = download_file(repo, file, revision, setting, on_progress)
+    except HubError as error:
+        why = f"There is no file {name} on this machine, so it was looked for on the Hub. {error.why}".strip()
+        raise HubError(error.what, why=why, fix=error.fix) from None
+    read_header(path)
+    return path
+
+
+def on_hub(model: str) -> bool:
+    """Whether `model` names something on the Hub, a repository or one file."""
+    return is_hub_id(model) or hub_file(model) is not None
+
+
+def hub_file(model: str) -> tuple[str, str] | None:
+    """Return repository and file where `model` can only mean a file on the Hub (`owner/name/…/file.safetensors`)."""
+    name = model.strip()
+    match = _HUB_FILE.fullmatch(name)
+    parts = name.split("/")
+    # A relative path with a typing error begins with a folder that is there.
+    if match is None or ".." in parts or Path(parts[0]).exists():
+        return None
+    return match["repo"], match["file"]
 
 
 def is_hub_id(model: str) -> bool:

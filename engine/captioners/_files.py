@@ -89,7 +89,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _needed(spec: CaptionerSpec, names: Sequence[str], repo: str) -> list[str]:
-    from lorasmith.engine.hub import needed_part_files
+    from lorasmith.engine.hub_choice import needed_part_files
 
     _require_names(spec, repo, names, f"Choose {spec.default_model}, or a like one.")
     return needed_part_files("", names, repo) if spec.safetensors else list(spec.files)

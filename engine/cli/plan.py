@@ -50,7 +50,7 @@ def plan(
 def local_base(settings: BaseSettings) -> tuple[BaseFiles | None, BaseIdentity | None]:
     """Locate and recognize the base model, if it is on this machine: nothing is downloaded."""
     from lorasmith.engine.families import identify_base
-    from lorasmith.engine.sources import BaseFiles, is_hub_id, locate_configured
+    from lorasmith.engine.sources import BaseFiles, is_hub_id, locate_configured, on_hub
 
     if not settings.model:
         return None, None
@@ -61,6 +61,8 @@ def local_base(settings: BaseSettings) -> tuple[BaseFiles | None, BaseIdentity |
         if folder is None:
             return None, None
         files = BaseFiles("folder", folder, settings.model)
+    elif any(on_hub(name) for name in (settings.model, settings.vae, *settings.text_encoders)):
+        return None, None
     else:
         files = locate_configured(settings)
     return files, identify_base(files, settings.family)[1]

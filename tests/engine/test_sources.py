@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from lorasmith.engine.config import BaseSettings
 from lorasmith.engine.errors import BaseModelError, HubError, LorasmithError
-from lorasmith.engine.sources import BaseFiles, TensorInfo, locate_base, read_header
+from lorasmith.engine.hub import describe_download, list_download
+from lorasmith.engine.sources import BaseFiles, TensorInfo, locate_base, locate_configured, read_header
 from tests.engine.fake_hub import COMMIT, REPO, Answer, FakeHub
 
 TOKEN = "hf_secretsecretsecretsecret"
@@ -308,6 +310,63 @@ def test_a_repository_with_a_single_file_only_says_how_to_use_it(hub: FakeHub) -
     with pytest.raises(BaseModelError, match="has no model_index") as caught:
         locate_base(REPO)
     assert "v1-5-pruned.safetensors" in caught.value.why
+
+
+def test_one_file_of_a_repository_is_downloaded_at_one_commit(hub: FakeHub, tmp_path: Path) -> None:
+    data = _safetensors(tmp_path / "x.safetensors").read_bytes()
+    hub.files = {"split/flux.safetensors": data, "other.safetensors": b"y", "README.md": b"z"}
+    files = locate_base(f"{REPO}/split/flux.safetensors")
+    assert hub.fetched == ["split/flux.safetensors"]
+    assert files.kind == "single_file"
+    assert files.path.name == "flux.safetensors"
+    assert files.path.parents[1].name == COMMIT
+    hub.override = _unreachable
+    assert locate_base(f"{REPO}/split/flux.safetensors").path == files.path
+
+
+def test_a_file_that_a_repository_lacks_is_told_with_what_it_has(hub: FakeHub) -> None:
+    hub.files = {"one.safetensors": b"y", "README.md": b"z"}
+    with pytest.raises(BaseModelError, match=f"{REPO} has no file two.safetensors") as caught:
+        locate_base(f"{REPO}/two.safetensors")
+    assert "one.safetensors" in caught.value.why
+    assert not hub.fetched
+
+
+def test_a_relative_path_with_a_typing_error_is_not_asked_of_the_hub(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BaseModelError, match=r"There is no file or folder models/sd/typo\.safetensors"):
+        locate_base("models/sd/typo.safetensors")
+
+
+def test_parts_given_apart_may_lie_on_the_hub(hub: FakeHub, tmp_path: Path) -> None:
+    data = _safetensors(tmp_path / "x.safetensors").read_bytes()
+    hub.files = {"vae/ae.safetensors": data, "clip_l.safetensors": data}
+    settings = BaseSettings(
+        model=str(tmp_path / "x.safetensors"),
+        vae=f"{REPO}/vae/ae.safetensors",
+        text_encoders=[f"{REPO}/clip_l.safetensors"],
+    )
+    files = locate_configured(settings)
+    assert files.vae_file is not None
+    assert files.vae_file.read_bytes() == data
+    assert len(files.encoder_files) == 1
+    with pytest.raises(BaseModelError, match=r"There is no file /nowhere/ae.safetensors") as caught:
+        locate_configured(settings.model_copy(update={"vae": "/nowhere/ae.safetensors"}))
+    assert "base.vae" in caught.value.fix
+
+
+def test_the_parts_are_listed_with_their_sizes_before_any_is_downloaded(hub: FakeHub) -> None:
+    parts = list_download(REPO)
+    assert {part.name for part in parts} == {"unet", "tokenizer", "model card and index"}
+    assert [part.bytes for part in parts] == sorted((part.bytes for part in parts), reverse=True)
+    assert sum(part.bytes for part in parts) == sum(len(FILES[name]) for name in NEEDED)
+    assert hub.fetched == ["model_index.json"]
+    assert "unet" in describe_download(parts)
+    locate_base(REPO)
+    assert describe_download(list_download(REPO)) == ""
 
 
 def test_cached_files_are_not_downloaded_again(hub: FakeHub) -> None:
