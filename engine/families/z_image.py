@@ -52,10 +52,7 @@ SPEC = FamilySpec(
     targets={
         "attention": _ATTENTION,
         "attention-mlp": (*_ATTENTION, *_MLP),
-        "all-linear": (
-            *(*_ATTENTION, *_MLP, "adaLN_modulation.0", "adaLN_modulation.1", "cap_embedder.1"),
-            *("t_embedder.mlp.0", "t_embedder.mlp.2", "all_x_embedder.2-1", "all_final_layer.2-1.linear"),
-        ),
+        "all-linear": (*_ATTENTION, *_MLP, "adaLN_modulation.0"),
         "diffusers": _ATTENTION,
         # musubi-tuner leaves modulation and refiners out, ai-toolkit the refiners alone.
         "kohya": _in_layers(*_LAYER_LINEARS),
@@ -80,8 +77,9 @@ SPEC = FamilySpec(
     sources=("https://huggingface.co/Tongyi-MAI/Z-Image", "https://huggingface.co/Tongyi-MAI/Z-Image-Turbo"),
     draw_steps=30,
     draw_guidance=4.0,
+    # musubi-tuner docs/zimage.md: --timestep_sampling shift --discrete_flow_shift 2.0
     timestep_sampling="shift",
-    shift=3.0,
+    shift=2.0,
     latent_patch=2,
     uses={
         "base": "Train on the base. Use the LoRA on the base, and on Turbo with a higher strength.",
@@ -178,8 +176,9 @@ class ZImage(LoadedModel):
 
     def latents_of(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
         """Encode to shifted and scaled latents (B, 16, H / 8, W / 8); the mode of the posterior."""
-        latents: torch.Tensor = vae.encode(pixels).latent_dist.mode()
-        return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+        modes = vae.encode(pixels).latent_dist.mode()
+        latents: torch.Tensor = (modes - vae.config.shift_factor) * vae.config.scaling_factor
+        return latents
 
     def pixels_of(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
         """Decode shifted and scaled latents."""
