@@ -130,6 +130,15 @@ def find_hardware(tell: Tell) -> Any:
     return snapshot([Path.cwd()])
 
 
+def find_download(model: str, revision: str, tell: Tell) -> str:
+    """Return in words what of a model on the Hub is to be downloaded, part by part; "" where nothing is."""
+    from lorasmith.engine.hub import describe_download, list_download
+    from lorasmith.engine.sources import hub_file, is_hub_id
+
+    repo, file = (model, "") if is_hub_id(model) else hub_file(model) or ("", "")
+    return describe_download(list_download(repo, revision, file)) if repo else ""
+
+
 def find_base(
     model: str, revision: str, family: str, vae: str, text_encoders: tuple[str, ...], tell: Tell
 ) -> FoundBase:
@@ -248,6 +257,7 @@ class Probes:
 
     hardware: Callable[..., Any] = find_hardware
     base: Callable[..., FoundBase] = find_base
+    download: Callable[..., str] = find_download
     dataset: Callable[..., FoundDataset] = find_dataset
     checks: Callable[..., Checked] = find_checks
     tokenizers: Callable[..., list[Any]] = find_tokenizers

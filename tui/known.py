@@ -74,6 +74,18 @@ class Known:
             del self.looks["base_model"]
         return self.look("base_model", key, partial(self.probes.base, *key))
 
+    def look_at_download(self) -> Look | None:
+        """Ask the Hub what would be downloaded; None where the base is not one of the Hub's."""
+        from lorasmith.engine.sources import on_hub
+
+        model, revision = self._base_key()[:2]
+        if not on_hub(model):
+            return None
+        known = self.looks.get("download")
+        if known is not None and known.error is not None:
+            del self.looks["download"]
+        return self.look("download", (model, revision), partial(self.probes.download, model, revision))
+
     def look_at_dataset(self, *, again: bool = False) -> Look | None:
         """Scan the chosen folder; None while none is chosen."""
         settings = self.dataset_settings()
@@ -94,6 +106,9 @@ class Known:
         """Take the looks that the end of the look `name` makes possible."""
         if name == "dataset" and self._scan_again:
             self.look_again()
+        download = self.current("download") if name == "download" else None
+        if download is not None and download.value == "":
+            self.look_at_base(again=True)
         if name in ("dataset", "base_model", "words"):
             self.look_at_checks()
 
@@ -144,6 +159,7 @@ class Known:
         look = self.looks.get(name)
         keys: Mapping[str, Callable[[], tuple[Any, ...]]] = {
             "base_model": self._base_key,
+            "download": lambda: self._base_key()[:2],
             "dataset": self._settings.scan_key,
             "words": self._base_key,
             "checks": self._checks_key,

@@ -92,6 +92,7 @@ def make_app(started: list[FakeSession]) -> Callable[..., LorasmithApp]:
         quick = {
             "hardware": a_machine,
             "base": a_base,
+            "download": lambda model, revision, tell: "",
             "tokenizers": lambda base, tell: [FakeTokenizer()],
             "start": start,
         }

@@ -87,3 +87,39 @@ async def test_neither_list_nor_fields_are_there_for_the_demo(make_app: MakeApp)
     async with app.run_test(size=(80, 24)) as pilot:
         await go_to(pilot, "base_model")
         assert not any(app.screen.query_one(name).display for name in ("#usual", "#vae", "#encoders"))
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_the_sizes_are_shown_before_a_download_begins(make_app: MakeApp, size: tuple[int, int]) -> None:
+    taken: list[str] = []
+
+    def base(model: str, *rest: Any) -> Any:
+        taken.append(model)
+        return a_base(model)
+
+    words = "To download: 23.8 GB (transformer 22.1 GB, vae 1.7 GB); 100 GB free."
+    draft = Draft(kept={"choice": "hub", "hub": "someone/large"}, answers={"base.model": "someone/large"})
+    app = make_app(draft, base=base, download=lambda model, revision, tell: words)
+    async with app.run_test(size=size) as pilot:
+        await go_to(pilot, "base_model")
+        app.screen.query_one("#model", SafeInput).focus()
+        await pilot.press("enter")
+        await settle(pilot)
+        assert "transformer 22.1 GB" in " ".join(screen_text(app).split())
+        assert "Enter downloads it." in screen_text(app)
+        assert "someone/large" not in taken
+        await pilot.press("enter")
+        await settle(pilot)
+        assert taken[-1] == "someone/large"
+        assert "Base someone/large" in screen_text(app)
+
+
+async def test_a_model_that_is_here_already_is_looked_at_with_one_enter(make_app: MakeApp) -> None:
+    draft = Draft(kept={"choice": "hub", "hub": "someone/here"}, answers={"base.model": "someone/here"})
+    app = make_app(draft)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await go_to(pilot, "base_model")
+        app.screen.query_one("#model", SafeInput).focus()
+        await pilot.press("enter")
+        await settle(pilot)
+        assert "Base someone/here" in screen_text(app)

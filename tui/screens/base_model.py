@@ -174,6 +174,9 @@ class BaseModelPage(WizardPage):
     def accept(self) -> bool:
         """Look at a new id or path first; a recognised base, or a second Enter, goes on."""
         known = self.wizard.known.current("base_model")
+        if known is None and self._asks_before_download():
+            self.refresh_page()
+            return False
         look = self.wizard.known.look_at_base(again=True)
         self.refresh_page()
         if look is None:
@@ -181,12 +184,20 @@ class BaseModelPage(WizardPage):
             return False
         return self.chosen == DEMO or (known is not None and known is look)
 
+    def _asks_before_download(self) -> bool:
+        """Look at what would be downloaded first; once that is shown, the next Enter downloads it."""
+        known = self.wizard.known
+        told = known.current("download")
+        if self.chosen == DEMO or (told is not None and told.done and told.error is None):
+            return False
+        return known.look_at_download() is not None
+
     def refresh_page(self) -> None:
         """Show what the base turned out to be."""
         look = self.wizard.known.current("base_model")
         found = self.query_one("#found", Status)
         if look is None:
-            found.say("Press Enter to look at it; a Hub model is downloaded then." if self.chosen != DEMO else "")
+            self._show_download(found)
         elif not look.done:
             found.say(look.progress())
         elif look.error is not None:
@@ -195,6 +206,19 @@ class BaseModelPage(WizardPage):
             found.say(base_text(look.value))
         self._show_parts()
         self.hint("Up and down: choose · Enter: accept")
+
+    def _show_download(self, found: Status) -> None:
+        download = self.wizard.known.current("download")
+        if self.chosen == DEMO:
+            found.say("")
+        elif download is None:
+            found.say("Press Enter to look at it.")
+        elif not download.done:
+            found.say("Asking the Hub how large it is …")
+        elif download.error is not None:
+            found.say(told(download.error))
+        else:
+            found.say(f"{download.value}\nEnter downloads it." if download.value else "It is on this machine already.")
 
 
 def usual_models() -> list[tuple[str, str]]:
