@@ -145,14 +145,14 @@ class SettingField(Vertical):
             if isinstance(control, SafeInput | Choice):
                 control.value = text
 
-    def tell(self, origin: str, reason: str, problem: str) -> None:
-        """Show where the value comes from and why, or what is wrong with it."""
+    def tell(self, origin: str, reason: str, problem: str, fact: str = "") -> None:
+        """Show where the value comes from and why, or what is wrong with it; `fact` is what it amounts to."""
         if problem:
             note = safe_text(f"✗ {problem}")
         elif origin == "wizard":
-            note = safe_text("* changed by you; r takes it back")
+            note = safe_text(" · ".join(part for part in (fact, "* changed by you; r takes it back") if part))
         else:
-            note = safe_text(" · ".join(part for part in (origin, reason or bounds_of(self.key)) if part))
+            note = safe_text(" · ".join(part for part in (fact, origin, reason or bounds_of(self.key)) if part))
         self._note.set_class(bool(problem), "problem")
         self._note.update(note, layout=False)
 

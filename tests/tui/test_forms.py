@@ -30,18 +30,18 @@ def test_every_setting_has_a_label_help_and_a_control() -> None:
     assert all(help_of(key) for key in settings())
     assert kind_of("dataset.flip") == "switch"
     assert kind_of("previews.prompts") == "texts"
-    assert choices_of("adapter.kind") == ("lora", "locon")
+    assert choices_of("dataset.crop") == ("center", "random")
     assert bounds_of("dataset.resolution") == "from 64 to 2,048 in steps of 64"
     assert bounds_of("adapter.alpha") == "above 0 to 4,096"
 
 
 async def test_a_choice_moves_with_arrows_and_around_the_end() -> None:
-    app = Form("adapter.kind", "lora")
+    app = Form("dataset.crop", "center")
     async with app.run_test(size=(80, 24)) as pilot:
         assert isinstance(app.field.control, Choice)
         app.field.control.focus()
         await pilot.press("right", "right", "left")
-        assert app.changes == ["locon", "lora", "locon"]
+        assert app.changes == ["random", "center", "random"]
 
 
 async def test_a_number_field_takes_numbers_and_leaves_letters_to_the_keys() -> None:

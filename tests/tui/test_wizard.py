@@ -469,3 +469,21 @@ def test_without_a_terminal_the_commands_are_explained() -> None:
     done = subprocess.run([sys.executable, "-m", "lorasmith.tui"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "lorasmith train RUN.toml" in done.stderr
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 36)])
+async def test_rank_and_alpha_tell_the_scale_that_they_amount_to(make_app: MakeApp, size: tuple[int, int]) -> None:
+    app = make_app()
+    async with app.run_test(size=size) as pilot:
+        await go_to(pilot, "settings")
+        app.change("adapter.rank", "16")
+        app.change("adapter.alpha", "4")
+        await settle(pilot)
+        notes = [
+            str(note.render()) for note in app.screen.query("#field-adapter-alpha .note, #field-adapter-rank .note")
+        ]
+        assert len(notes) == 2
+        assert all("scale 0.25" in note for note in notes)
+        app.change("adapter.rslora", "on")
+        await settle(pilot)
+        assert "scale 1" in str(app.screen.query_one("#field-adapter-alpha .note").render())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from textual import events, on
 from textual.app import ComposeResult
@@ -16,6 +16,9 @@ from lorasmith.tui.fields import help_of, label_of, page_of, settings
 from lorasmith.tui.findings import goal_of
 from lorasmith.tui.forms import Choice, SafeInput, SettingField, field_id
 from lorasmith.tui.screens.page import WizardPage
+
+if TYPE_CHECKING:
+    from lorasmith.engine.config import AdapterSettings
 
 IMPORTANT = (
     "run.name",
@@ -98,7 +101,8 @@ class SettingsPage(WizardPage):
         kept = self.wizard.draft.kept
         if kept.pop("all_settings", None):
             for key in self._others():
-                await self.query_one(f"#{field_id(key)}").remove()
+                await self.query(f"#{field_id(key)}").remove()
+            await self.query(".section").remove()
         else:
             kept["all_settings"] = "yes"
             await self._show_others()
@@ -106,7 +110,14 @@ class SettingsPage(WizardPage):
 
     async def _show_others(self) -> None:
         others = [key for key in self._others() if key != "base.model"]
-        await self.query_one("#fields").mount(*(self._field(key) for key in others))
+        fields: list[Static | SettingField] = []
+        section = ""
+        for key in others:
+            if key.split(".")[0] != section:
+                section = key.split(".")[0]
+                fields.append(Static(section.capitalize(), classes="section", markup=False))
+            fields.append(self._field(key))
+        await self.query_one("#fields").mount(*fields)
         self.refresh_page()
 
     async def on_button_pressed(self, event: Button.Pressed) -> None:
@@ -152,10 +163,12 @@ class SettingsPage(WizardPage):
         draft, advice = self.wizard.draft, self.wizard.known.advice()
         merged = draft.merged(advice)
         problems = {problem.key: problem.message for problem in self.wizard.known.problems()}
+        scales = scale_words(self.wizard.known.check_config().adapter)
         for field in self.query(SettingField):
             origin = "wizard" if draft.changed(field.key) else merged[field.key][1]
             advised = next((item for item in advice if item.key == field.key), None)
-            field.tell(origin, advised.why if advised is not None else "", problems.get(field.key, ""))
+            reason = advised.why if advised is not None else ""
+            field.tell(origin, reason, problems.get(field.key, ""), scales.get(field.key, ""))
             field.source = f"{advised.why}\nSource: {advised.source}" if advised is not None else ""
 
     def reveal(self, key: str) -> None:
@@ -167,6 +180,18 @@ class SettingsPage(WizardPage):
             await self.action_toggle_all()
         for field in self.query(f"#{field_id(key)}").results(SettingField):
             field.control.focus()
+
+
+def scale_words(adapter: AdapterSettings) -> dict[str, str]:
+    """Return what the LoRA's change is multiplied by, for the fields that decide it."""
+    from lorasmith.engine.config_adapter import effective_scale
+
+    plain = f"scale {effective_scale(adapter):.3g}"
+    words = {"adapter.rank": plain, "adapter.alpha": plain}
+    if adapter.convolutions or adapter.kind == "locon":
+        convolution = f"scale {effective_scale(adapter, convolution=True):.3g}"
+        words |= {"adapter.conv_rank": convolution, "adapter.conv_alpha": convolution}
+    return words
 
 
 PAGE_CLASS = SettingsPage
