@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from tests.tiny_flux1 import build_tiny_flux1
+from tests.tiny_flux2 import build_tiny_flux2
 from tests.tiny_sdxl import build_tiny_sdxl
 from tests.tiny_z_image import build_tiny_z_image
 
@@ -75,6 +76,7 @@ TINY_BUILDERS: dict[str, Callable[[Path], Path]] = {
     "sd15": build_tiny_sd15,
     "sdxl": build_tiny_sdxl,
     "flux1": build_tiny_flux1,
+    "flux2": build_tiny_flux2,
     "z_image": build_tiny_z_image,
 }
 """One builder a family, by family name: the contract tests run over these."""

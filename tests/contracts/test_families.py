@@ -402,4 +402,6 @@ def _place(name: str | FusedName, path: str) -> tuple[str, int]:
 
 def _matching(network: torch.nn.Module, suffixes: tuple[str, ...]) -> dict[str, torch.nn.Module]:
     ends = tuple(f".{suffix}" for suffix in suffixes)
-    return {path: layer for path, layer in network.named_modules() if f".{path}".endswith(ends)}
+    # What holds a layer may be called as another layer is (`to_out` and `to_out.0`); it is no layer itself.
+    layers = ((path, layer) for path, layer in network.named_modules() if not isinstance(layer, torch.nn.ModuleList))
+    return {path: layer for path, layer in layers if f".{path}".endswith(ends)}
