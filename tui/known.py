@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from lorasmith.engine.errors import BaseModelError, DatasetError, LorasmithError
+from lorasmith.engine.errors import BaseModelError, ConfigError, DatasetError, LorasmithError
 from lorasmith.tui.draft import Draft, Problem
 from lorasmith.tui.draft_settings import BaseKey, DraftSettings
 from lorasmith.tui.findings import FoundBase, FoundDataset, Look, Probes, goal_of, recommend
@@ -216,7 +216,7 @@ class Known:
             look = self.current(name)
             if look is not None and look.error is not None:
                 found[key] = look.error
-        found |= self._missing_parts()
+        found |= self._missing_parts() | self._unsuited()
         found |= self._caption_failure()
         checked = self.checked
         # A question about captions is asked already by the setting that answers it.
@@ -231,6 +231,19 @@ class Known:
                 " ".join(error.title for error in errors), fix="The dataset page shows them with what to do."
             )
         return found
+
+    def _unsuited(self) -> dict[str, LorasmithError]:
+        """Return the settings that cannot hold with the recognised base."""
+        if self.base is None or self.draft.is_demo:
+            return {}
+        from lorasmith.engine.combinations import base_contradictions
+        from lorasmith.tui.fields import settings
+
+        sentences = base_contradictions(self.check_config(), self.base.family.SPEC, self.base.identity)
+        keyed = [
+            (next((key for key in settings() if text.startswith(f"{key} ")), "base.model"), text) for text in sentences
+        ]
+        return {key: ConfigError(f"{text}.") for key, text in keyed}
 
     def _missing_parts(self) -> dict[str, LorasmithError]:
         """Return what a recognised base lacks, by the setting that can name it."""

@@ -123,3 +123,17 @@ async def test_a_model_that_is_here_already_is_looked_at_with_one_enter(make_app
         await pilot.press("enter")
         await settle(pilot)
         assert "Base someone/here" in screen_text(app)
+
+
+async def test_a_setting_that_the_base_cannot_use_keeps_the_run_from_starting(make_app: MakeApp) -> None:
+    draft = Draft(kept={"choice": "hub", "hub": "someone/here"}, answers={"base.model": "someone/here"})
+    draft.put("objective.timestep_sampling", "logit_normal")
+    app = make_app(draft)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await go_to(pilot, "base_model")
+        app.screen.query_one("#model", SafeInput).focus()
+        await pilot.press("enter")
+        await settle(pilot)
+        (problem,) = [item for item in app.known.problems() if item.key == "objective.timestep_sampling"]
+        assert "set it to auto" in problem.message
+        assert problem.page == "settings"
