@@ -25,7 +25,8 @@ from lorasmith.engine.ema import WeightAverage
 from lorasmith.engine.errors import ConfigError
 from lorasmith.engine.families import Conditioning, Family
 from lorasmith.engine.lr_schedules import lr_factor
-from lorasmith.engine.objectives import Objective, build_objective
+from lorasmith.engine.objectives import NoisyBatch, Objective, build_objective
+from lorasmith.engine.objectives.preservation import chosen_pictures, preservation_loss
 from lorasmith.engine.optimizers import (
     SCHEDULE_FREE,
     FusedBackward,
@@ -100,32 +101,53 @@ class Learner:
             if self.adapter.dropouts:
                 place = (step, part, start) if start else (step, part)
                 torch.manual_seed(draw_key(self.config.run.seed, "dropout", *place))
-            loss = self.batch_loss(piece, step, part * train.batch_size + start)
-            if piece is not batch:
-                loss = loss * (len(piece.indices) / num)
-            losses.append(loss.detach())
-            if self.fused and start + at_once >= num and part == train.gradient_accumulation - 1:
-                self.fused.arm(self.guard.judge(step, torch.stack(losses).sum()), self.before_update)
-            scaled = loss / train.gradient_accumulation if train.gradient_accumulation > 1 else loss
-            (self.scaler.scale(scaled) if self.scaler else scaled).backward()  # type: ignore[no-untyped-call]
+            terms = self._terms(piece)
+            for index, term in enumerate(terms):
+                loss = term(piece, step, part * train.batch_size + start)
+                if piece is not batch:
+                    loss = loss * (len(piece.indices) / num)
+                losses.append(loss.detach())
+                last = start + at_once >= num and part == train.gradient_accumulation - 1 and index == len(terms) - 1
+                if self.fused and last:
+                    self.fused.arm(self.guard.judge(step, torch.stack(losses).sum()), self.before_update)
+                scaled = loss / train.gradient_accumulation if train.gradient_accumulation > 1 else loss
+                (self.scaler.scale(scaled) if self.scaler else scaled).backward()  # type: ignore[no-untyped-call]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def set_rates(self, step: int) -> None:
         """Set the learning rates of the step that follows `step` finished ones."""
         set_learning_rates(self.optimizer, lr_factor(self.config.schedule, step, self.config.train.steps))
 
+    def _terms(self, piece: Batch) -> list[Callable[[Batch, int, int], Tensor]]:
+        """Return the parts of the loss; each goes back through the network before the next, so memory holds one."""
+        keeps = any(prompt is not None for prompt in piece.preserved)
+        return [self.batch_loss, self.preservation_loss] if keeps else [self.batch_loss]
+
     def batch_loss(self, batch: Batch, step: int, first: int) -> Tensor:
         """Return the loss of one micro-batch; `first` is the place of its first picture among those of the step."""
-        device, dtype = self.family.device, self.family.dtype
+        noisy = self._noisy(batch, step, first)
+        conditioning = self.family.collate(self._conditionings(batch.captions))
+        prediction = self.family.predict(noisy.noisy.to(self.family.dtype), noisy.timesteps, conditioning)
+        return self.objective.loss(prediction, noisy)
+
+    def preservation_loss(self, batch: Batch, step: int, first: int) -> Tensor:
+        """Return what the prompts add whose effect is to stay the base model's, with the same noise as `batch_loss`.
+
+        A mean over all pictures of the batch, of which those without such a prompt add nothing.
+        """
+        kept = {place: prompt for place, prompt in enumerate(batch.preserved) if prompt is not None}
+        noisy = chosen_pictures(self._noisy(batch, step, first), list(kept))
+        difference = preservation_loss(self.family, self.adapter, noisy, self._conditionings(list(kept.values())))
+        return difference * (self.config.objective.preserve_weight * len(kept) / len(batch.captions))
+
+    def _noisy(self, batch: Batch, step: int, first: int) -> NoisyBatch:
+        device = self.family.device
         latents = batch.latents.to(device, torch.float32, non_blocking=True)
         weights = batch.weights.to(device, non_blocking=True)
         pixel_weights = batch.pixel_weights
         if pixel_weights is not None:
             pixel_weights = pixel_weights.to(device, non_blocking=True)
-        noisy = self.objective.prepare(latents, weights, step, first, pixel_weights)
-        conditioning = self.family.collate(self._conditionings(batch.captions))
-        prediction = self.family.predict(noisy.noisy.to(dtype), noisy.timesteps, conditioning)
-        return self.objective.loss(prediction, noisy)
+        return self.objective.prepare(latents, weights, step, first, pixel_weights)
 
     def state(self, *, copy: bool = True) -> tuple[TensorGroups, dict[str, Any]]:
         """Return what a resume needs: tensors on the CPU by the names of `group_names`, and a JSON-ready rest.

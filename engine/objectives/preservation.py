@@ -43,15 +43,15 @@ def base_alone(adapter: Adapter) -> Iterator[None]:
 
 
 def preservation_loss(
-    family: Family, adapter: Adapter, batch: NoisyBatch, own: Sequence[Conditioning], base: Sequence[Conditioning]
+    family: Family, adapter: Adapter, batch: NoisyBatch, conditionings: Sequence[Conditioning]
 ) -> Tensor:
-    """Return the mean squared difference () between the predictions with the adapter and without it, in fp32.
+    """Return the mean squared difference () that the adapter makes for these prompts, one a picture, in fp32.
 
-    `own` and `base` are the same prompts, encoded with a trained text encoder and with the base model's; where none is
-    trained they are one and the same. Of the batch only noisy latents (B, C, h, w) and timesteps count.
+    Of the batch only noisy latents (B, C, h, w) and timesteps count. The base model's prediction comes first, so that
+    its memory is free again when that of the gradients is needed.
     """
-    noisy = batch.noisy.to(family.dtype)
+    noisy, conditioning = batch.noisy.to(family.dtype), family.collate(conditionings)
     with base_alone(adapter):
-        target = family.predict(noisy, batch.timesteps, family.collate(base)).float()
-    prediction = family.predict(noisy, batch.timesteps, family.collate(own))
+        target = family.predict(noisy, batch.timesteps, conditioning).float()
+    prediction = family.predict(noisy, batch.timesteps, conditioning)
     return (prediction.float() - target).square().mean()

@@ -58,7 +58,7 @@ class FlowLevels:
         low, high = settings.min_timestep / LEVELS, settings.max_timestep / LEVELS
 
         def level(number: float) -> float:
-            return low + (high - low) * base(biased(number, settings.timestep_bias))
+            return low + (high - low) * base(_inside(biased(number, settings.timestep_bias)))
 
         return level
 
@@ -80,7 +80,7 @@ class FlowLevels:
 
 def uniform(seed: int, step: int, place: int) -> float:
     """Return the uniform number in (0, 1) of a picture's place in a step."""
-    return min(max(python_rng(seed, "timestep", step, place).random(), _EDGE), 1.0 - _EDGE)
+    return _inside(python_rng(seed, "timestep", step, place).random())
 
 
 def biased(number: float, bias: Bias) -> float:
@@ -142,6 +142,10 @@ def draw_timestep(seed: int, step: int, place: int, among: range, bias: Bias) ->
     if bias == "balanced":
         return among.start + python_rng(seed, "timestep", step, place).randrange(len(among))
     return among.start + min(int(biased(uniform(seed, step, place), bias) * len(among)), len(among) - 1)
+
+
+def _inside(number: float) -> float:
+    return min(max(number, _EDGE), 1.0 - _EDGE)
 
 
 def _same(number: float) -> float:
