@@ -76,7 +76,7 @@ def load(files: BaseFiles, found: FoundWeights, dtype: torch.dtype) -> Any:
 
     weights = {name: value for name, value in read_weights(found, dtype).items() if name != "spiece_model"}
     # One embedding under two names, of which files have either or both.
-    weights[_SHARED] = weights[_TIED] = weights.get(_SHARED, weights.get(_TIED))
+    weights[_SHARED] = weights[_TIED] = weights[_SHARED if _SHARED in weights else _TIED]
     encoder = fill_module(
         files, PART, lambda **values: T5EncoderModel(T5Config(**values)), config_of(found.tensors), weights, dtype
     )

@@ -119,6 +119,8 @@ def to_diffusers(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
     Unknown names stay as they are, so that loading strictly tells of them.
     """
+    import torch
+
     if "img_in.weight" not in weights:
         return dict(weights)
     width = weights["img_in.weight"].shape[0]
@@ -130,7 +132,7 @@ def to_diffusers(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
         if len(parts) == 1:
             converted[parts[0][0]] = value
             continue
-        rows = value.split([count for _, count in parts])
+        rows = torch.split(value, [count for _, count in parts])
         converted |= {renamed: row for (renamed, _), row in zip(parts, rows, strict=True)}
     return converted
 
@@ -148,6 +150,7 @@ def lora_state(path: Path, pipeline: Any) -> tuple[dict[str, torch.Tensor], dict
     That method splits Kohya's `linear1` for the width 3072 alone; in other files the layer is split here. It has 7
     times the width: query, key, value and a feed-forward of four times the width.
     """
+    import torch
     from safetensors.torch import load_file
 
     tensors = load_file(path)
@@ -169,7 +172,8 @@ def lora_state(path: Path, pipeline: Any) -> tuple[dict[str, torch.Tensor], dict
         scale = 1.0 if alpha is None else float(alpha) / down.shape[0]
         number = module.removeprefix("lora_unet_single_blocks_").removesuffix("_linear1")
         paths = diffusers_paths(f"single_blocks.{number}.linear1")
-        for layer, rows in zip(paths, up.split(row_counts(paths, up.shape[0], up.shape[0] // 7)), strict=True):
+        rows_of = torch.split(up, row_counts(paths, up.shape[0], up.shape[0] // 7))
+        for layer, rows in zip(paths, rows_of, strict=True):
             split |= {f"transformer.{layer}.lora_A.weight": down, f"transformer.{layer}.lora_B.weight": rows * scale}
     rest = pipeline.lora_state_dict(tensors) if tensors else {}
     return {**rest, **split}, None, None
