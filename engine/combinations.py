@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorasmith.engine.adapter_combinations import adapter_contradictions
 
-from lorasmith.engine.adapter_combinations import adapter_contradictions
-
 if TYPE_CHECKING:
     from lorasmith.engine.config import RunConfig
     from lorasmith.engine.families import BaseIdentity, FamilySpec
@@ -60,7 +58,7 @@ def base_contradictions(config: RunConfig, spec: FamilySpec, identity: BaseIdent
             )
     if spec.objective == "flow" and config.base.prediction != "auto":
         problems.append(f"base.prediction must be auto: {spec.label} is a flow model and predicts neither")
-    if spec.objective == "ddpm" and objective.zero_terminal_snr and identity.prediction == "epsilon":
+    if objective.zero_terminal_snr and config.base.prediction == "auto" and identity.prediction == "epsilon":
         problems.append(
             "objective.zero_terminal_snr needs a base model that predicts velocity, and this one predicts noise "
             "(epsilon): set it to false; objective.noise_offset = 0.05 is for dark and bright pictures"

@@ -33,7 +33,7 @@ def lr_factor(settings: ScheduleSettings, step: int, total: int) -> float:
         case "cosine_restarts":
             return _half_cosine(done * settings.restarts % 1.0)
         case "polynomial":
-            return (1.0 - done) ** settings.power
+            return math.pow(1.0 - done, settings.power)
         case "rex":
             return (1.0 - done) / (0.5 + 0.5 * (1.0 - done))
         case "wsd":

@@ -14,6 +14,7 @@ import torch
 
 from lorasmith.engine.adapters import Adapter
 from lorasmith.engine.checkpoints import Checkpoint, remove_unfinished
+from lorasmith.engine.combinations import base_contradictions
 from lorasmith.engine.compute import Compute, package_versions
 from lorasmith.engine.config import CaptionSettings, RunConfig
 from lorasmith.engine.controls import Host, RunPaths
@@ -25,6 +26,7 @@ from lorasmith.engine.dataset.scan import require_captions, scan_dataset
 from lorasmith.engine.disk_plan import DiskPlan, existing_checkpoints, plan_disk, require_room
 from lorasmith.engine.encoding import Encoder, report_progress
 from lorasmith.engine.end_notice import missing_program
+from lorasmith.engine.errors import ConfigError
 from lorasmith.engine.events import DatasetReady, Event, Logged, RunStarted, StageChanged
 from lorasmith.engine.families import BaseIdentity, Conditioning, Family, FamilyModule, identify_base
 from lorasmith.engine.learner import Learner, build_learner
@@ -85,7 +87,10 @@ def announce(
 
 
 def find_base(config: RunConfig, emit: Callable[[Event], None]) -> FoundBase:
-    """Locate and recognise the base model from its headers; a model on the Hub is downloaded."""
+    """Locate and recognise the base model from its headers; a model on the Hub is downloaded.
+
+    Raises ConfigError where settings have no meaning for it.
+    """
     emit(StageChanged(stage="scan", label="Checking the base model and the dataset"))
     _tell_download(config, emit)
     files = locate_configured(config.base, report_progress(emit, "scan"))
@@ -93,6 +98,11 @@ def find_base(config: RunConfig, emit: Callable[[Event], None]) -> FoundBase:
     if config.base.prediction != "auto":
         identity = dataclasses.replace(identity, prediction=config.base.prediction)
     emit(Logged(severity="info", message=f"Base model: {identity.label} ({files.origin})."))
+    if problems := base_contradictions(config, module.SPEC, identity):
+        raise ConfigError(
+            f"The settings do not suit the base model, {identity.label}: {'; '.join(problems)}.",
+            fix="Change these settings, or choose another base model.",
+        )
     return FoundBase(files, module, identity)
 
 

@@ -32,7 +32,8 @@ class FusedBackward:
         self._armed = self._left_out = False
         self._on_device = bool(optimizer.defaults.get("fused"))
         for parameter in self._parameters:
-            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+            hooked: Any = parameter
+            hooked.register_post_accumulate_grad_hook(self._on_gradient)
 
     def arm(self, left_out: Tensor, before_update: Callable[[], None] | None) -> None:
         """Update in the backward pass that follows, unless `left_out` () is 1.
@@ -55,7 +56,8 @@ class FusedBackward:
             self._optimizer.param_groups[place].update(counted)
         norms = [self._norms[p] for p in self._parameters if p in self._norms]
         self._norms, self._counted = {}, {}
-        return torch.linalg.vector_norm(torch.stack(norms))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return norm
 
     def cancel(self) -> None:
         """Forget a step that failed: what it counted does not count."""

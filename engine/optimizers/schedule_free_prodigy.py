@@ -8,7 +8,7 @@ from pytorch_optimizer import ScheduleFreeWrapper
 from torch.optim import Optimizer
 
 
-class ScheduleFreeProdigy(ScheduleFreeWrapper):
+class ScheduleFreeProdigy(ScheduleFreeWrapper):  # type: ignore[misc]
     """Prodigy with schedule-free averaging, as one optimizer with one state: that of Prodigy, and z in it.
 
     The library's wrapper keeps two; whoever copies, undoes or saves `state` would miss one of them. The share of each
@@ -33,7 +33,8 @@ class ScheduleFreeProdigy(ScheduleFreeWrapper):
 
     def state_dict(self) -> dict[str, Any]:
         """Return Prodigy's state, which has all there is."""
-        return self.optimizer.state_dict()
+        state: dict[str, Any] = self.optimizer.state_dict()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,11 @@ from pydantic import ValidationError
 from lorasmith.engine import combinations
 from lorasmith.engine.combinations import ONE_RATE, SCHEDULE_FREE, base_contradictions
 from lorasmith.engine.config import ObjectiveSettings, RunConfig
+from lorasmith.engine.errors import ConfigError
 from lorasmith.engine.families import BaseIdentity, families
 from lorasmith.engine.objectives import DdpmObjective, FlowObjective
+from lorasmith.engine.run_setup import find_base
+from tests.engine.running import tiny_config
 
 # What is wrong, which settings the sentence names, and what the sentence says to do about it.
 CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
@@ -200,3 +204,9 @@ def test_only_settings_that_an_objective_never_reads_are_refused_for_it() -> Non
     assert "min_timestep" in flow.read & ddpm.read
     assert not flow.read & set(combinations._ONLY["ddpm"])
     assert not ddpm.read & set(combinations._ONLY["flow"])
+
+
+def test_a_run_ends_before_the_base_is_loaded_where_settings_do_not_suit_it(tiny_sd15: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_sd15, tmp_path, objective={"timestep_sampling": "sigmoid"})
+    with pytest.raises(ConfigError, match=r"objective\.timestep_sampling has no meaning"):
+        find_base(config, lambda event: None)

@@ -224,7 +224,7 @@ def test_the_chart_shows_the_rate_that_was_found(name: str) -> None:
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
     set_learning_rates(optimizer, 0.5)
-    assert effective_rate(optimizer) == 0.5 * optimizer.param_groups[0]["d"] > 1e-6
+    assert effective_rate(optimizer) == 0.5 * optimizer.param_groups[0]["d"] > 0.6e-6
 
 
 @pytest.mark.parametrize("name", SCHEDULE_FREE)
