@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 
 from tests.tiny_flux1 import build_tiny_flux1
 from tests.tiny_flux2 import build_tiny_flux2
+from tests.tiny_lumina2 import build_tiny_lumina2
 from tests.tiny_sdxl import build_tiny_sdxl
 from tests.tiny_z_image import build_tiny_z_image
 
@@ -78,6 +79,7 @@ TINY_BUILDERS: dict[str, Callable[[Path], Path]] = {
     "flux1": build_tiny_flux1,
     "flux2": build_tiny_flux2,
     "z_image": build_tiny_z_image,
+    "lumina2": build_tiny_lumina2,
 }
 """One builder a family, by family name: the contract tests run over these."""
 

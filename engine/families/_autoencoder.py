@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from lorasmith.engine.families._loading import load_part
 from lorasmith.engine.families._weights import FoundWeights, fill_module, find_weights, part_paths, read_weights
 from lorasmith.engine.safetensors_header import TensorInfo
 
@@ -75,6 +76,34 @@ def load(files: BaseFiles, found: FoundWeights, scaling: Mapping[str, Any], dtyp
 
         weights = convert_ldm_vae_checkpoint(weights, config)
     return fill_module(files, "vae", AutoencoderKL, config, weights, dtype)
+
+
+def load_any(files: BaseFiles, scaling: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """Load the autoencoder from wherever it lies: a file given apart, the base's own file, or a diffusers folder.
+
+    `scaling` is for files, which do not say how their latents are scaled.
+    """
+    found = find(files)
+    if found:
+        return load(files, found, scaling, dtype)
+    from diffusers import AutoencoderKL
+
+    return load_part(files, "vae", AutoencoderKL, dtype)
+
+
+def encode(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Encode pixels (B, 3, H, W) to shifted and scaled latents (B, C, h, w); the mode of the posterior."""
+    latents: torch.Tensor = (
+        vae.encode(pixels).latent_dist.mode() - vae.config.shift_factor
+    ) * vae.config.scaling_factor
+    return latents
+
+
+def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Decode shifted and scaled latents (B, C, h, w) to pixels (B, 3, H, W) in [-1, 1]."""
+    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+    pixels: torch.Tensor = vae.decode(latents, return_dict=False)[0]
+    return pixels
 
 
 def _style(tensors: Mapping[str, TensorInfo]) -> tuple[str, str]:

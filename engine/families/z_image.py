@@ -167,24 +167,15 @@ class ZImage(LoadedModel):
 
     def load_vae(self) -> Any:
         """Load the autoencoder."""
-        found = autoencoder.find(self.files)
-        if found:
-            return autoencoder.load(self.files, found, autoencoder.FLUX_SCALING, self.vae_dtype)
-        from diffusers import AutoencoderKL
-
-        return loading.load_part(self.files, "vae", AutoencoderKL, self.vae_dtype)
+        return autoencoder.load_any(self.files, autoencoder.FLUX_SCALING, self.vae_dtype)
 
     def latents_of(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
         """Encode to shifted and scaled latents (B, 16, H / 8, W / 8); the mode of the posterior."""
-        modes = vae.encode(pixels).latent_dist.mode()
-        latents: torch.Tensor = (modes - vae.config.shift_factor) * vae.config.scaling_factor
-        return latents
+        return autoencoder.encode(vae, pixels)
 
     def pixels_of(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
         """Decode shifted and scaled latents."""
-        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        pixels: torch.Tensor = vae.decode(latents, return_dict=False)[0]
-        return pixels
+        return autoencoder.decode(vae, latents)
 
     def embed(self, prompts: list[str]) -> list[Conditioning]:
         """Encode prompts to {"prompt_embeds": (its tokens, width)} each, as `ZImagePipeline` does, without padding."""
