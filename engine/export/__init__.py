@@ -1,18 +1,12 @@
 """The shareable LoRA file: written beside its place, proved by `proof`, and only then given its name.
 
-Two key layouts (names come from the family):
-
-    kohya       lora_unet_down_blocks_0_….lora_down.weight   .lora_up.weight   .alpha     strength = alpha / rank
-    diffusers   unet.down_blocks.0.….lora_A.weight           .lora_B.weight               strength = 1: folded into B
-
-No reader needs the header: ComfyUI and Forge ignore it, so alpha is in the tensors of both layouts.
+What is in it is in `layouts`, what readers make of it in `rules`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
 import secrets
@@ -24,7 +18,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorasmith.engine.compatibility import chosen_layouts
-from lorasmith.engine.export.proof import ALPHA, DIFFUSERS, KOHYA, SUFFIXES, module_names, prove, verify_export
+from lorasmith.engine.errors import ConfigError, ExportError
+from lorasmith.engine.export.layouts import DIFFUSERS, build_tensors, entries
+from lorasmith.engine.export.proof import prove, verify_export
 from lorasmith.engine.lora_metadata import DatasetFacts, build_metadata, with_hashes
 from lorasmith.engine.storage import fsync_folder, storage_error
 
@@ -37,13 +33,18 @@ __all__ = ["DatasetFacts", "ExportResult", "build_metadata", "export_file_name",
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MAX_NAME_BYTES = 180
-_ROUNDING_LOSS = 4e-4
-"""Share of a matrix that fp16 may lose; its half unit in the last place is 2**-11 = 4.9e-4."""
+MAX_HEADER_BYTES = 1 << 20
+"""ComfyUI shows no metadata of files with longer headers."""
+_LARGE_METADATA = ("ss_tag_frequency", "ss_bucket_info", "lora_adapter_metadata")
+"""What is left out, in this order, where the header would be too long; no program needs it to load the file."""
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A proved LoRA file: its keys, and the modules (`component:path`) that training left unchanged."""
+    """A proved LoRA file: its keys, and the modules (`component:path`) that training left unchanged.
+
+    `readers` says in words whose rules it was read by.
+    """
 
     path: Path
     layout: str
@@ -51,6 +52,7 @@ class ExportResult:
     keys: int
     bytes: int
     unchanged: tuple[str, ...] = ()
+    readers: str = ""
 
 
 def export_lora(
@@ -61,81 +63,68 @@ def export_lora(
     name: str,
     metadata: Mapping[str, str],
     step: int,
+    *,
+    plain_layout: str = "",
 ) -> list[ExportResult]:
     """Write one file for each layout in `config.export`, prove each, and return what was written.
 
-    An older file of that name is replaced only by a proved one. Raises ExportError where a proof fails and
-    StorageError where the disk refuses; neither leaves a new file behind.
+    The first layout's file, or that of `plain_layout`, has the plain name. An older file of a name is replaced only by
+    a proved one. Raises ExportError where a proof fails and StorageError where the disk refuses; neither leaves a new
+    file behind.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise storage_error(folder, 0, error) from error
     results = []
-    for layout in chosen_layouts(config.export, family.spec):
-        path = folder / export_file_name(name, layout)
+    layouts = chosen_layouts(config.export, family.spec)
+    for layout in layouts:
+        path = folder / export_file_name(name, "" if layout == (plain_layout or layouts[0]) else layout)
         tensors = build_tensors(family, adapter, layout, DTYPES[config.export.precision])
         header = {"format": "pt"} | dict(metadata) | {"ss_steps": str(step), "ss_output_name": path.stem}
         if layout == DIFFUSERS:
-            header["lora_adapter_metadata"] = _adapter_metadata(family, adapter)
+            header |= _adapter_metadata(family, adapter)
         data = _serialize(tensors, header)
         with _proved_write(path, data) as temporary:
             proof = prove(temporary, layout, family, adapter)
-        results.append(ExportResult(path, layout, step, proof.keys, len(data), proof.unchanged))
+        results.append(ExportResult(path, layout, step, proof.keys, len(data), proof.unchanged, proof.readers))
     return results
 
 
-def export_file_name(name: str, layout: str = KOHYA) -> str:
-    """Return the file name of run `name` in `layout`: NAME.safetensors, or NAME-LAYOUT.safetensors for other layouts.
+def require_exportable(family: Family, adapter: Adapter, config: RunConfig) -> None:
+    """Refuse, before anything is trained, an adapter that a chosen layout cannot hold; raises ConfigError."""
+    for layout in chosen_layouts(config.export, family.spec):
+        try:
+            entries(family, adapter, layout)
+        except ExportError as error:
+            raise ConfigError(error.what, why=error.why, fix=error.fix) from error
+
+
+def export_file_name(name: str, layout: str = "") -> str:
+    """Return the file name of run `name`: NAME.safetensors, or NAME-LAYOUT.safetensors for a further layout.
 
     Characters that end or leave a folder become `_`; letters of any script stay.
     """
     stem = re.sub(r'[\x00-\x1f\x7f/\\:*?"<>|]+', "_", name).strip(" .") or "lora"
     stem = stem.encode("utf-8", "replace")[:MAX_NAME_BYTES].decode("utf-8", "ignore")
-    return f"{stem}.safetensors" if layout == KOHYA else f"{stem}-{layout}.safetensors"
+    return f"{stem}-{layout}.safetensors" if layout else f"{stem}.safetensors"
 
 
-def build_tensors(family: Family, adapter: Adapter, layout: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return the tensors of a file in `layout` on the CPU; `.alpha` scalars are always fp32."""
-    down_suffix, up_suffix = SUFFIXES[layout]
-    tensors: dict[str, torch.Tensor] = {}
-    for name, module in module_names(family, adapter, layout).items():
-        down, up = module.down.detach().float().cpu(), module.up.detach().float().cpu()
-        if layout == DIFFUSERS:
-            up = up * module.scale
-        else:
-            tensors[name + ALPHA] = torch.tensor(float(module.alpha))
-        down, up = _rounded(down, up, dtype)
-        tensors[name + down_suffix], tensors[name + up_suffix] = down.contiguous(), up.contiguous()
-    return tensors
+def _adapter_metadata(family: Family, adapter: Adapter) -> dict[str, str]:
+    """Return what peft needs to rebuild a LoRA or DoRA; alpha equals rank, since the strength is in lora_B already.
 
-
-def _rounded(down: torch.Tensor, up: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    plain = down.to(dtype), up.to(dtype)
-    if dtype != torch.float16 or max(_loss(down, plain[0]), _loss(up, plain[1])) <= _ROUNDING_LOSS:
-        return plain
-    # A barely trained up matrix lies below fp16's range. Moving a power of two between the two keeps their product
-    # exactly and brings both into range.
-    ratio = float(down.abs().max()) / max(float(up.abs().max()), 1e-38)
-    factor = 2.0 ** round(math.log2(max(ratio, 1e-38)) / 2)
-    return (down / factor).to(dtype), (up * factor).to(dtype)
-
-
-def _loss(exact: torch.Tensor, rounded: torch.Tensor) -> float:
-    norm = float(exact.norm())
-    return float((exact - rounded.float()).norm()) / norm if norm > 0 else 0.0
-
-
-def _adapter_metadata(family: Family, adapter: Adapter) -> str:
-    # What peft needs to rebuild the adapter; alpha equals rank because the strength is already in lora_B.
+    Other kinds are rebuilt from their shapes.
+    """
     groups: dict[str, list[AdapterModule]] = {}
-    for name, module in module_names(family, adapter, DIFFUSERS).items():
-        groups.setdefault(name.partition(".")[0], []).append(module)
+    for entry in entries(family, adapter, DIFFUSERS):
+        if entry.fused or entry.module.kind not in ("lora", "dora"):
+            return {}
+        groups.setdefault(entry.name.partition(".")[0], []).append(entry.module)
     values: dict[str, object] = {}
     for prefix, modules in groups.items():
-        ranks = [module.rank for module in modules]
+        ranks = [module.down.shape[0] * (2 if module.start else 1) for module in modules]
         usual = max(set(ranks), key=ranks.count)
-        pattern = {f"^{module.path}": module.rank for module in modules if module.rank != usual}
+        pattern = {f"^{module.path}": rank for module, rank in zip(modules, ranks, strict=True) if rank != usual}
         values |= {
             f"{prefix}.peft_type": "LORA",
             f"{prefix}.r": usual,
@@ -144,13 +133,21 @@ def _adapter_metadata(family: Family, adapter: Adapter) -> str:
             f"{prefix}.alpha_pattern": pattern,
             f"{prefix}.target_modules": sorted(module.path for module in modules),
         }
-    return json.dumps(values, sort_keys=True)
+        if any(module.kind == "dora" for module in modules):
+            values[f"{prefix}.use_dora"] = True
+    return {"lora_adapter_metadata": json.dumps(values, sort_keys=True)}
 
 
 def _serialize(tensors: dict[str, torch.Tensor], header: dict[str, str]) -> bytes:
     from safetensors.torch import save
 
-    return save(tensors, metadata=with_hashes(header, save(tensors, metadata={"format": "pt"})))
+    plain = save(tensors, metadata={"format": "pt"})
+    waiting = [key for key in _LARGE_METADATA if key in header]
+    while True:
+        data = save(tensors, metadata=with_hashes(header, plain))
+        if not waiting or int.from_bytes(data[:8], "little") <= MAX_HEADER_BYTES:
+            return data
+        del header[waiting.pop(0)]
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from lorasmith.engine.adapters import Adapter, attach_adapter
 from lorasmith.engine.config import AdapterSettings, ExportSettings, RunConfig
 from lorasmith.engine.errors import ExportError
 from lorasmith.engine.export import export_lora, verify_export
-from lorasmith.engine.export.proof import read_changes
+from lorasmith.engine.export.rules import read_changes
 from lorasmith.engine.families import Family, families, identify_base
 from lorasmith.engine.sources import locate_base
 from tests.tiny import TINY_BUILDERS

@@ -16,7 +16,9 @@ from lorasmith.engine.adapters import Adapter, attach_adapter
 from lorasmith.engine.config import AdapterSettings, ExportSettings, RunConfig, RunSettings
 from lorasmith.engine.errors import ExportError, StorageError
 from lorasmith.engine.export import export_file_name, export_lora, verify_export
-from lorasmith.engine.export.proof import Change, adaptable_modules, known_names, read_changes
+from lorasmith.engine.export.changes import Change, adaptable_layers
+from lorasmith.engine.export.layouts import known_names
+from lorasmith.engine.export.rules import read_changes
 from lorasmith.engine.families import Family, identify_base
 from lorasmith.engine.families.sd15 import SPEC, export_name
 from lorasmith.engine.inspect_file import inspect_lora
@@ -303,7 +305,7 @@ def test_names_of_the_real_sd15_are_those_of_the_field() -> None:
         "lora_te_text_model_encoder_layers_0_self_attn_q_proj",
         "lora_te_text_model_encoder_layers_11_mlp_fc2",
     } <= names
-    assert len(names) == len(list(adaptable_modules(unet))) + len(list(adaptable_modules(encoder)))
+    assert len(names) == len(list(adaptable_layers(unet))) + len(list(adaptable_layers(encoder)))
     # Kohya's trainer writes 192 modules for the UNet's transformer blocks and 72 for the text encoder.
     blocks = [name for name in names if "_attentions_" in name]
     assert len(blocks) == 192
