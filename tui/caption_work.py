@@ -118,9 +118,10 @@ class CaptionWork:
         look, base = self.known.current("words"), self.known.base
         if look is None or not look.done or not look.value or base is None or self.ruler.tokenizers:
             return
-        from lorasmith.engine.dataset.check_captions import token_limit
+        from lorasmith.engine.dataset.check_captions import reading_tokenizers, token_limit
 
-        self.ruler = Ruler(tuple(look.value), token_limit(base.family.SPEC, look.value))
+        limit = token_limit(base.family.SPEC, look.value)
+        self.ruler = Ruler(tuple(reading_tokenizers(look.value, limit)), limit)
         self._news = True
         self._measuring += 1
         threading.Thread(target=self._measure_all, name="caption-lengths", daemon=True).start()

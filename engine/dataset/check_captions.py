@@ -113,7 +113,8 @@ class Captions:
             for item in self.dataset.items
             for choice in caption_choices(item.captions, settings) or [""]
         ]
-        counts = count_tokens((prompt for _, prompt in prompts), self.context.tokenizers)
+        reading = reading_tokenizers(self.context.tokenizers, self.context.token_limit)
+        counts = count_tokens((prompt for _, prompt in prompts), reading)
         longest: dict[str, int] = {}
         for relative, prompt in prompts:
             longest[relative] = max(longest.get(relative, 0), counts[prompt])
@@ -132,10 +133,26 @@ def is_empty(item: ImageItem) -> bool:
 
 
 def token_limit(spec: FamilySpec | None, tokenizers: Sequence[Any]) -> int:
-    """Return the tokens of one prompt that are read: the family's limit or a tokenizer's own smaller one; 0 unknown."""
-    limits = [spec.token_limit] if spec is not None and spec.token_limit else []
-    own = [int(getattr(tokenizer, "model_max_length", 0)) for tokenizer in tokenizers]
-    return min([*limits, *(limit for limit in own if 0 < limit < MAX_SANE_LIMIT)], default=0)
+    """Return the tokens of one prompt that are read: the family's limit or a tokenizer's own smaller one; 0 unknown.
+
+    Of several encoders, that of the one that reads most: what CLIP cuts after 77 tokens, T5 still reads.
+    """
+    most = spec.token_limit if spec is not None else 0
+    own = [limit for limit in map(_own_limit, tokenizers) if limit]
+    if not own or len(own) < len(tokenizers):
+        return most
+    return min(max(own), most) if most else max(own)
+
+
+def reading_tokenizers(tokenizers: Sequence[Any], limit: int) -> list[Any]:
+    """Return the tokenizers whose encoders read prompts up to `limit`, the result of `token_limit`."""
+    return [tokenizer for tokenizer in tokenizers if (_own_limit(tokenizer) or limit) >= limit]
+
+
+def _own_limit(tokenizer: Any) -> int:
+    """Return the tokens that a tokenizer takes, 0 where it does not say."""
+    own = int(getattr(tokenizer, "model_max_length", 0))
+    return own if 0 < own < MAX_SANE_LIMIT else 0
 
 
 def count_tokens(texts: Iterable[str], tokenizers: Sequence[Any]) -> dict[str, int]:

@@ -13,6 +13,7 @@ from PIL import Image, ImageEnhance, ImageFilter
 
 from lorasmith.engine.dataset.buckets import plan_buckets
 from lorasmith.engine.dataset.check import build_context, caption_statistics, check_dataset
+from lorasmith.engine.dataset.check_captions import reading_tokenizers
 from lorasmith.engine.dataset.findings import SEVERITIES, CheckContext, Finding, counted
 from lorasmith.engine.dataset.items import Dataset, ImageItem, Measures
 from lorasmith.engine.dataset.scan import scan_dataset
@@ -134,7 +135,7 @@ def test_an_empty_dataset_is_no_trouble() -> None:
     assert found([]) == []
 
 
-def test_the_context_takes_the_smallest_token_limit() -> None:
+def test_the_context_takes_the_token_limit_of_the_encoder_that_reads_most() -> None:
     class Endless(LetterTokenizer):
         model_max_length = int(1e30)
 
@@ -143,7 +144,12 @@ def test_the_context_takes_the_smallest_token_limit() -> None:
     assert build_context(config(), spec=spec, tokenizers=[Endless()], other_triggers={}).token_limit == spec.token_limit
     small = LetterTokenizer()
     small.model_max_length = 32
-    assert build_context(config(), spec=spec, tokenizers=[Endless(), small], other_triggers={}).token_limit == 32
+    assert build_context(config(), spec=spec, tokenizers=[small], other_triggers={}).token_limit == 32
+    both = build_context(config(), spec=spec, tokenizers=[Endless(), small], other_triggers={})
+    assert both.token_limit == spec.token_limit
+    endless = Endless()
+    assert reading_tokenizers([small, endless], 77) == [endless]
+    assert reading_tokenizers([small], 32) == [small]
     assert build_context(config(), tokenizers=[Endless()], other_triggers={}).token_limit == 0
 
 
