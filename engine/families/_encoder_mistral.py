@@ -141,10 +141,15 @@ def _from_file(found: FoundWeights) -> Any:
     """Return the tokenizer that ComfyUI's files hold as the bytes of a tekken.json; None where there is none."""
     from safetensors import safe_open
     from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.mistral.tokenizer import MistralConverter
 
     with safe_open(found.path, framework="np") as source, tempfile.TemporaryDirectory() as folder:
         if _TEKKEN not in set(source.keys()):
             return None
         path = Path(folder) / "tekken.json"
         path.write_bytes(source.get_tensor(_TEKKEN).tobytes())
-        return PreTrainedTokenizerFast(vocab_file=str(path), **_SPECIAL)
+        try:
+            words = MistralConverter(str(path)).converted()
+        except (ImportError, KeyError, ValueError):  # an older format, for which there is no reader here
+            return None
+    return PreTrainedTokenizerFast(tokenizer_object=words, **_SPECIAL)

@@ -132,13 +132,22 @@ def kind_of(files: BaseFiles, found: FoundWeights) -> Kind:
 
 def find_encoder(files: BaseFiles, kind: Kind) -> FoundWeights | None:
     """Return where the text encoder of a single-file base is, of the size that the transformer reads; torch-free."""
-    reader = mistral if kind.line == "dev" else qwen
-    return reader.find(files, kind.text_width)
+    if kind.line == "dev":
+        return mistral.find(files, kind.text_width)
+    return qwen.find(files, kind.text_width)
+
+
+def require_encoder(files: BaseFiles, kind: Kind) -> FoundWeights:
+    """Return where the text encoder is; raises BaseModelError naming the file that this FLUX.2 reads."""
+    found = find_encoder(files, kind)
+    if found is None:
+        raise missing(files, "text_encoder", encoder_name(kind))
+    return found
 
 
 def missing(files: BaseFiles, part: str, example: str) -> BaseModelError:
     """Return the error for a part that a single-file base lacks, with the setting that takes it."""
-    if files.kind == "folder":
+    if files.kind == "folder" and not files.encoder_files:
         return missing_part(files, part)
     settings = [name for name, of in (("base.vae", "vae"), ("base.text_encoders", "text_encoder")) if of in part]
     return BaseModelError(f"{files.origin} has no {part}.", fix=f"Set {' and '.join(settings)}, e.g. to {example}.")

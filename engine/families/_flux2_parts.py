@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -103,7 +104,9 @@ def load_vae(files: BaseFiles, dtype: torch.dtype) -> Any:
     weights = {_plain(name): value for name, value in read_weights(found, dtype).items()}
     weights.setdefault("bn.num_batches_tracked", torch.tensor(0))
     config = autoencoder.config_of({_plain(name): info for name, info in found.tensors.items()})
-    config |= {"decoder_block_out_channels": _decoder_widths(found.tensors, config["block_out_channels"])}
+    decoder = _decoder_widths(found.tensors, config["block_out_channels"])
+    groups = math.gcd(config["norm_num_groups"], *(decoder or ()))
+    config |= {"decoder_block_out_channels": decoder, "norm_num_groups": groups}
     if "encoder.down.0.block.0.conv1.weight" in weights:
         statistics = {name: value for name, value in weights.items() if name.startswith("bn.")}
         weights = convert_ldm_vae_checkpoint(weights, config) | statistics

@@ -6,11 +6,10 @@ folder or single files. Latents are those after the autoencoder's 2x2 patches an
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lorasmith.engine.errors import ExportError
+from lorasmith.engine.errors import BaseModelError, ExportError
 from lorasmith.engine.families import (
     BaseIdentity,
     Component,
@@ -72,7 +71,8 @@ SPEC = FamilySpec(
     trainable_text_encoders=(),
     block_classes=("Flux2TransformerBlock", "Flux2SingleTransformerBlock"),
     layouts=("diffusers", "comfyui", "kohya"),
-    readers=dict.fromkeys(("diffusers", "comfyui", "kohya"), ("ComfyUI", "diffusers")),
+    readers=dict.fromkeys(("diffusers", "comfyui", "kohya", "diffusers/lokr"), ("ComfyUI", "diffusers")),
+    fused_layouts=("comfyui", "kohya"),
     hub_ids=(
         *("black-forest-labs/FLUX.2-klein-base-4B", "black-forest-labs/FLUX.2-klein-base-9B"),
         *("black-forest-labs/FLUX.2-dev", "black-forest-labs/FLUX.2-klein-4B", "black-forest-labs/FLUX.2-klein-9B"),
@@ -125,7 +125,13 @@ def load_tokenizers(files: BaseFiles) -> list[Any]:
     if kind.line == "dev":
         found = own.find_encoder(files, kind) if folder is None else None
         return [mistral.load_tokenizer(folder, found)]
-    return [qwen.load_tokenizer(folder)]
+    tokenizer = qwen.load_tokenizer(folder)
+    if not tokenizer.chat_template:
+        raise BaseModelError(
+            "The tokenizer has no chat template, which FLUX.2 klein's prompts are written with.",
+            fix="Take the tokenizer folder of black-forest-labs/FLUX.2-klein-base-4B.",
+        )
+    return [tokenizer]
 
 
 def export_name(layout: str, component: Component, module: str) -> str | FusedName:
@@ -137,11 +143,11 @@ def export_name(layout: str, component: Component, module: str) -> str | FusedNa
         return f"transformer.{module}"
     if component != "denoiser" or layout not in ("comfyui", "kohya"):
         raise ExportError(f"FLUX.2 has no {layout} name for {component}.", fix="Check export.layouts.")
+    begin, joint = ("diffusion_model.", ".") if layout == "comfyui" else ("lora_unet_", "_")
     name = original_name(module)
-    fused = isinstance(name, FusedName)
-    plain = name.name if isinstance(name, FusedName) else name
-    stored = f"diffusion_model.{plain}" if layout == "comfyui" else f"lora_unet_{plain.replace('.', '_')}"
-    return dataclasses.replace(name, name=stored) if fused else stored
+    if isinstance(name, FusedName):
+        return FusedName(begin + name.name.replace(".", joint), name.rows)
+    return begin + name.replace(".", joint)
 
 
 def load_lora(path: Path, components: Mapping[Component, torch.nn.Module]) -> None:
@@ -191,18 +197,16 @@ class Flux2(LoadedModel):
         reader = mistral if self._kind.line == "dev" else qwen
         layers = max(own.READ_LAYERS[self._kind.line])
         encoder: torch.nn.Module
-        if self.files.kind == "folder":
+        if self.files.kind == "folder" and not self.files.encoder_files:
             encoder = reader.load_folder(self.files, self.dtype, layers)
-            return encoder
-        found = own.find_encoder(self.files, self._kind)
-        if found is None:
-            raise own.missing(self.files, "text_encoder", own.encoder_name(self._kind))
-        encoder = reader.load(self.files, found, self.dtype, layers)
+        else:
+            found = own.require_encoder(self.files, self._kind)
+            encoder = reader.load(self.files, found, self.dtype, layers)
         return encoder
 
     def load_vae(self) -> Any:
         """Load the autoencoder."""
-        if self.files.kind == "single_file":
+        if self.files.kind == "single_file" or self.files.vae_file:
             return parts.load_vae(self.files, self.vae_dtype)
         from diffusers import AutoencoderKLFlux2
 
@@ -300,4 +304,8 @@ class Flux2(LoadedModel):
             output_type="latent",
             callback_on_step_end=after_step,
         ).images
-        return Flux2Pipeline._patchify_latents(latents)
+        if latents.ndim == 4:  # klein's pipeline lays them out already, unpatched
+            patched: torch.Tensor = Flux2Pipeline._patchify_latents(latents)
+            return patched
+        height, width = settings.height // SPEC.latent_downscale, settings.width // SPEC.latent_downscale
+        return latents.transpose(1, 2).reshape(len(latents), -1, height, width)
