@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from tests.tiny_chroma import build_tiny_chroma
 from tests.tiny_flux1 import build_tiny_flux1
 from tests.tiny_flux2 import build_tiny_flux2
 from tests.tiny_lumina2 import build_tiny_lumina2
@@ -77,6 +78,7 @@ TINY_BUILDERS: dict[str, Callable[[Path], Path]] = {
     "sd15": build_tiny_sd15,
     "sdxl": build_tiny_sdxl,
     "flux1": build_tiny_flux1,
+    "chroma": build_tiny_chroma,
     "flux2": build_tiny_flux2,
     "z_image": build_tiny_z_image,
     "lumina2": build_tiny_lumina2,

@@ -32,6 +32,8 @@ DYNAMIC_SCHEDULE: Mapping[str, Any] = {
 class FluxModel(LoadedModel):
     """A loaded transformer that reads pictures as rows of 2 x 2 latents, from FLUX.1's autoencoder."""
 
+    _places: tuple[tuple[int, int, torch.device], torch.Tensor] | None = None
+
     def load_vae(self) -> Any:
         """Load the autoencoder."""
         return own.load_vae(self.files, self.vae_dtype)
@@ -66,20 +68,18 @@ class FluxModel(LoadedModel):
     def positions(self, height: int, width: int, text_tokens: int) -> dict[str, torch.Tensor]:
         """Return the place of each token on the device: rows and columns for the picture, zeros for the prompt.
 
-        `height` and `width` are counted in latents. The last ones are kept, since batches of one size follow each
-        other and building them anew would copy to the device in each step.
+        `height` and `width` are counted in latents. The picture's last ones are kept, since batches of one size follow
+        each other and making them would copy to the device in each step.
         """
         import torch
         from diffusers import FluxPipeline
 
-        wanted = (height, width, text_tokens, self.device)
-        if getattr(self, "_kept_for", None) != wanted:
-            picture = FluxPipeline._prepare_latent_image_ids(
-                1, height // PATCH, width // PATCH, self.device, torch.float32
-            )
-            self._kept = {"img_ids": picture, "txt_ids": torch.zeros(text_tokens, 3, device=self.device)}
-            self._kept_for = wanted
-        return self._kept
+        wanted = (height, width, self.device)
+        if self._places is None or self._places[0] != wanted:
+            rows, columns = height // PATCH, width // PATCH
+            places = FluxPipeline._prepare_latent_image_ids(1, rows, columns, self.device, torch.float32)
+            self._places = (wanted, places)
+        return {"img_ids": self._places[1], "txt_ids": torch.zeros(text_tokens, 3, device=self.device)}
 
     def latents_drawn_by(self, pipeline: Any, settings: DrawSettings, values: Mapping[str, Any]) -> torch.Tensor:
         """Return the latents (B, C, h, w) that a pipeline made of the transformer alone draws with `values`."""

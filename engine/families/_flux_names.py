@@ -97,6 +97,14 @@ def original_name(path: str) -> str | FusedName:
     return FusedName(f"{begin}.{number}.{name}", tuple(path.removesuffix(part) + other for other in parts))
 
 
+def kohya_name(path: str) -> str | FusedName:
+    """Return the layer's name in Kohya's files: the original one with `_` for each dot, behind `lora_unet_`."""
+    original = original_name(path)
+    if isinstance(original, FusedName):
+        return FusedName(f"lora_unet_{original.name.replace('.', '_')}", original.rows)
+    return f"lora_unet_{original.replace('.', '_')}"
+
+
 def is_original(tensors: Mapping[str, TensorInfo]) -> bool:
     """Tell whether names are those of the original rather than of diffusers."""
     return "img_in.weight" in tensors

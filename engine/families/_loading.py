@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 def quiet_libraries() -> None:
     """Keep diffusers, transformers and bitsandbytes from writing warnings and bars to the terminal."""
+    # diffusers warns of layers that its own models use.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
     # bitsandbytes complains at its first import on a machine without a GPU.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import diffusers.utils.logging

@@ -72,6 +72,7 @@ SPEC = FamilySpec(
     block_classes=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
     layouts=("diffusers", "kohya"),
     readers={"diffusers": ("ComfyUI", "Forge", "diffusers"), "kohya": ("ComfyUI", "Forge", "diffusers")},
+    fused_layouts=("kohya",),
     hub_ids=(
         "black-forest-labs/FLUX.1-dev",
         "black-forest-labs/FLUX.1-Krea-dev",
@@ -140,10 +141,7 @@ def export_name(layout: str, component: Component, module: str) -> str | FusedNa
     if component == "text_encoder" and not module.startswith("text_model."):
         module = f"text_model.{module}"
     if (layout, component) == ("kohya", "denoiser"):
-        original = names.original_name(module)
-        if isinstance(original, FusedName):
-            return FusedName(f"lora_unet_{original.name.replace('.', '_')}", original.rows)
-        return f"lora_unet_{original.replace('.', '_')}"
+        return names.kohya_name(module)
     prefixes = {
         ("diffusers", "denoiser"): "transformer.",
         ("diffusers", "text_encoder"): "text_encoder.",
