@@ -73,7 +73,6 @@ SPEC = FamilySpec(
     layouts=("diffusers", "comfyui", "kohya"),
     readers=dict.fromkeys(("diffusers", "comfyui", "kohya", "diffusers/lokr"), ("ComfyUI", "diffusers")),
     fused_layouts=("comfyui", "kohya"),
-    fused_layouts=("comfyui", "kohya"),
     hub_ids=(
         *("black-forest-labs/FLUX.2-klein-base-4B", "black-forest-labs/FLUX.2-klein-base-9B"),
         *("black-forest-labs/FLUX.2-dev", "black-forest-labs/FLUX.2-klein-4B", "black-forest-labs/FLUX.2-klein-9B"),
