@@ -16,10 +16,12 @@ from datetime import UTC, datetime
 from pathlib import PurePath, PureWindowsPath
 from typing import TYPE_CHECKING
 
+from lorasmith.engine.families import families
+
 if TYPE_CHECKING:
-    from lorasmith.engine.config import CaptionSettings, RunConfig
+    from lorasmith.engine.config import CaptionSettings, ObjectiveSettings, RunConfig
     from lorasmith.engine.dataset.items import Dataset
-    from lorasmith.engine.families import BaseIdentity
+    from lorasmith.engine.families import BaseIdentity, FamilySpec
 
 MAX_TAG_BYTES = 300_000
 """ComfyUI refuses to show headers over 1 MiB."""
@@ -91,6 +93,7 @@ def build_metadata(
     metadata = (
         _network_keys(config)
         | _training_keys(config, identity)
+        | _objective_keys(config.objective, families()[identity.family].SPEC)
         | _dataset_keys(config, facts)
         | _model_spec(config, identity, finished or datetime.now(UTC).timestamp())
     )
@@ -149,7 +152,7 @@ def _network_keys(config: RunConfig) -> dict[str, str]:
 
 
 def _training_keys(config: RunConfig, identity: BaseIdentity) -> dict[str, str]:
-    train, optimizer, objective = config.train, config.optimizer, config.objective
+    train, optimizer = config.train, config.optimizer
     text_rate = config.adapter.text_encoder_learning_rate if config.adapter.text_encoder else None
     return {
         "ss_base_model_version": str(identity.details.get("ss_base_model_version", identity.variant)),
@@ -170,11 +173,41 @@ def _training_keys(config: RunConfig, identity: BaseIdentity) -> dict[str, str]:
         "ss_max_grad_norm": str(optimizer.max_grad_norm),
         "ss_seed": str(config.run.seed),
         "ss_clip_skip": "None",
-        "ss_min_snr_gamma": _or_none(objective.min_snr_gamma),
-        "ss_noise_offset": _or_none(objective.noise_offset),
-        "ss_prior_loss_weight": str(objective.prior_weight),
         "ss_caption_dropout_rate": str(config.captions.dropout),
         "ss_cache_latents": "True",
+    }
+
+
+def _objective_keys(settings: ObjectiveSettings, spec: FamilySpec) -> dict[str, str]:
+    """Return what was learnt from noise; flow models have other keys, as sd-scripts' flux_train_network.py has them."""
+    robust = settings.loss != "l2"
+    keys = {
+        "ss_prior_loss_weight": str(settings.prior_weight),
+        "ss_ip_noise_gamma": _or_none(settings.ip_noise),
+        "ss_loss_type": settings.loss,
+        "ss_huber_schedule": settings.huber_schedule if robust else "None",
+        "ss_huber_c": str(settings.huber_c) if robust else "None",
+    }
+    if (settings.min_timestep, settings.max_timestep) != (0, 1000):
+        keys["modelspec.timestep_range"] = f"{settings.min_timestep},{settings.max_timestep}"
+    if spec.objective == "flow":
+        auto = settings.timestep_sampling == "auto"
+        return keys | {
+            "ss_timestep_sampling": spec.timestep_sampling if auto else settings.timestep_sampling,
+            "ss_discrete_flow_shift": str(settings.shift or spec.shift),
+            "ss_sigmoid_scale": str(settings.logit_std),
+            "ss_logit_mean": str(settings.logit_mean),
+            "ss_logit_std": str(settings.logit_std),
+            "ss_mode_scale": str(settings.mode_scale),
+            "ss_guidance_scale": str(settings.guidance),
+        }
+    return keys | {
+        "ss_min_snr_gamma": _or_none(settings.min_snr_gamma),
+        "ss_debiased_estimation": str(settings.debiased),
+        "ss_zero_terminal_snr": str(settings.zero_terminal_snr),
+        "ss_noise_offset": _or_none(settings.noise_offset),
+        "ss_multires_noise_iterations": _or_none(settings.multires_iterations),
+        "ss_multires_noise_discount": str(settings.multires_discount) if settings.multires_iterations else "None",
     }
 
 

@@ -16,7 +16,7 @@ from lorasmith.engine.config import CaptionSettings, RunConfig
 from lorasmith.engine.dataset.buckets import plan_buckets
 from lorasmith.engine.dataset.items import Dataset, ImageItem
 from lorasmith.engine.dataset.scan import scan_dataset
-from lorasmith.engine.families import BaseIdentity, identify_base
+from lorasmith.engine.families import BaseIdentity, families, identify_base
 from lorasmith.engine.lora_metadata import (
     MAX_TAG_BYTES,
     DatasetFacts,
@@ -79,6 +79,30 @@ def test_the_keys_that_a1111_forge_and_civitai_read_are_there() -> None:
     assert json.loads(metadata["ss_dataset_dirs"]) == {"10_knight": {"n_repeats": 10, "img_count": 2}}
     assert json.loads(metadata["ss_bucket_info"]) == {"buckets": {"0": {"resolution": [512, 768], "count": 2}}}
     assert all(isinstance(value, str) for value in metadata.values())
+
+
+def test_what_was_learnt_from_noise_is_told_by_kind_of_base_model() -> None:
+    chosen = {"loss": "huber", "multires_iterations": 6, "ip_noise": 0.1, "min_timestep": 100}
+    discrete = build_metadata(make_config(objective=chosen), identity(), DatasetFacts())
+    assert {
+        "ss_loss_type": "huber",
+        "ss_huber_schedule": "snr",
+        "ss_huber_c": "0.1",
+        "ss_ip_noise_gamma": "0.1",
+        "ss_multires_noise_iterations": "6",
+        "ss_multires_noise_discount": "0.3",
+        "ss_debiased_estimation": "False",
+        "modelspec.timestep_range": "100,1000",
+    }.items() <= discrete.items()
+    assert "ss_timestep_sampling" not in discrete
+    spec = next(module.SPEC for module in families().values() if module.SPEC.objective == "flow")
+    told = BaseIdentity(spec.name, "label", "", "velocity", 1024, 1, "bf16", details={"architecture": "x"})
+    flow = build_metadata(make_config(objective={"shift": 2.5}), told, DatasetFacts())
+    assert flow["ss_timestep_sampling"] == spec.timestep_sampling
+    assert flow["ss_discrete_flow_shift"] == "2.5"
+    assert flow["ss_guidance_scale"] == "1.0"
+    assert flow["ss_huber_c"] == "None"
+    assert not {"ss_min_snr_gamma", "ss_noise_offset", "modelspec.timestep_range"} & set(flow)
 
 
 def test_modelspec_has_its_required_keys_and_the_trigger() -> None:
