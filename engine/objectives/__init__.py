@@ -17,6 +17,7 @@ from lorasmith.engine.families import Family
 from lorasmith.engine.objectives.ddpm import DdpmObjective as DdpmObjective
 from lorasmith.engine.objectives.ddpm import alphas_cumprod as alphas_cumprod
 from lorasmith.engine.objectives.ddpm import min_snr_weights as min_snr_weights
+from lorasmith.engine.objectives.ddpm import zero_terminal
 from lorasmith.engine.objectives.flow import FlowObjective as FlowObjective
 from lorasmith.engine.objectives.losses import MIN_MASK_MEAN as MIN_MASK_MEAN
 from lorasmith.engine.objectives.losses import NoisyBatch as NoisyBatch
@@ -40,6 +41,17 @@ class Objective(Protocol):
     def loss(self, prediction: Tensor, batch: NoisyBatch) -> Tensor:
         """Return the weighted loss () of a prediction (B, C, h, w)."""
         ...
+
+
+def tell_family(family: Family, settings: ObjectiveSettings) -> None:
+    """Let the loaded base model compute as the settings ask: told this guidance, and drawing with the trained schedule.
+
+    Raises ConfigError where that schedule is not for it.
+    """
+    family.guidance = settings.guidance
+    if settings.zero_terminal_snr and family.spec.objective == "ddpm":
+        velocity = family.identity.prediction == "v_prediction"
+        family.noise_schedule = zero_terminal(family.noise_schedule, velocity=velocity)
 
 
 def build_objective(family: Family, settings: ObjectiveSettings, seed: int) -> Objective:

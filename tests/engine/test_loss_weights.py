@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,15 @@ from hypothesis import strategies as st
 
 from lorasmith.engine.config import ObjectiveSettings
 from lorasmith.engine.errors import ConfigError
-from lorasmith.engine.objectives import DdpmObjective, FlowObjective, NoisyBatch, alphas_cumprod, weighted_loss
+from lorasmith.engine.families import families
+from lorasmith.engine.objectives import (
+    DdpmObjective,
+    FlowObjective,
+    NoisyBatch,
+    alphas_cumprod,
+    tell_family,
+    weighted_loss,
+)
 from lorasmith.engine.objectives.ddpm import snr_weights
 from lorasmith.engine.objectives.losses import huber_limits
 from lorasmith.engine.objectives.noise import with_coarser_noise
@@ -168,6 +177,20 @@ def test_zero_terminal_snr_can_be_forced_on_velocity_and_not_on_epsilon() -> Non
     assert torch.allclose(forced.target, -LATENTS, atol=1e-6)
     with pytest.raises(ConfigError, match="zero_terminal_snr"):
         objective(zero_terminal_snr=True)
+
+
+def test_the_base_model_is_told_its_guidance_and_draws_with_the_trained_schedule() -> None:
+    def told(prediction: str, **chosen: Any) -> Any:
+        identity, spec = SimpleNamespace(prediction=prediction), families()["sd15"].SPEC
+        family: Any = SimpleNamespace(spec=spec, identity=identity, noise_schedule=SD, guidance=1.0)
+        tell_family(family, ObjectiveSettings(**chosen))
+        return family
+
+    assert told("epsilon", guidance=3.5).guidance == 3.5
+    assert told("epsilon").noise_schedule == SD
+    assert told("v_prediction", zero_terminal_snr=True).noise_schedule == ZERO_SNR
+    with pytest.raises(ConfigError, match="zero_terminal_snr"):
+        told("epsilon", zero_terminal_snr=True)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
