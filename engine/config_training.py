@@ -1,4 +1,4 @@
-"""The settings of a run that say how it trains: adapter, optimizer, schedule, objective and loop.
+"""The settings of a run that say how it trains: optimizer, schedule, objective and loop.
 
 See `engine.config`, which puts all sections together.
 """
@@ -10,60 +10,6 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lorasmith.engine.config_data import Count, Probability, Rate, Section
-
-
-class AdapterSettings(Section):
-    """The LoRA itself."""
-
-    kind: Literal["lora", "locon", "dora", "loha", "lokr", "oft", "boft"] = "lora"
-    """`lora` adapts linear layers; `locon` also convolutions, for textures and styles; `dora` learns size and direction
-    apart; `loha` and `lokr` are products that hold more in a smaller file; `oft` and `boft` rotate weights."""
-    rank: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Size of the LoRA: more can hold more and overfits sooner."""
-    alpha: Annotated[float, Field(gt=0.0, le=4096.0)] = 16.0
-    """Strength: the change is scaled by alpha / rank."""
-    convolutions: bool = False
-    """Adapt convolution layers too; `locon` always does."""
-    conv_rank: Annotated[int, Field(ge=1, le=1024)] = 8
-    """Rank of the convolution layers."""
-    conv_alpha: Annotated[float, Field(gt=0.0, le=4096.0)] = 8.0
-    """Alpha of the convolution layers."""
-    rslora: bool = False
-    """Scale by alpha / √rank instead, so that high ranks learn as fast as low ones (Kalajdzievski,
-    arXiv:2312.03732)."""
-    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq"] = "default"
-    """How the weights begin. All but `pissa`, `olora` and `loftq` begin with no change of the base model; those three
-    start from the base's own weights and are exported as the difference."""
-    lokr_factor: Annotated[int, Field(ge=0, le=1024)] = 0
-    """Size of the small factor (`lokr` only); 0: as square as possible."""
-    lokr_full: bool = False
-    """Keep the large factor whole instead of splitting it by rank (`lokr` only)."""
-    block_size: Annotated[int, Field(ge=2, le=1024)] = 32
-    """Size of the rotated blocks (`oft` and `boft` only)."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of LoRA inputs dropped in training."""
-    rank_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of ranks dropped in training."""
-    max_norm: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.0
-    """Shrink a module's weights after each step where its change is larger than this; 0: never."""
-    targets: Literal["attention", "attention-mlp", "all-linear", "diffusers", "kohya", "ai-toolkit"] = "attention"
-    """Which layers are adapted: attention only, with the feed-forward layers, every linear layer of the blocks, or the
-    set of that trainer."""
-    include: list[Annotated[str, Field(min_length=1)]] = []
-    """Adapt only layers in whose dotted path one of these regular expressions is found; empty: all."""
-    exclude: list[Annotated[str, Field(min_length=1)]] = []
-    """Leave out layers in whose dotted path one of these regular expressions is found."""
-    block_ranks: list[Annotated[str, Field(min_length=3)]] = []
-    """Other ranks for some layers, as PATTERN=RANK with a regular expression; the first that is found counts, and alpha
-    changes with the rank. Rank 0 leaves them out."""
-    block_learning_rates: list[Annotated[str, Field(min_length=3)]] = []
-    """Other learning rates for some layers, as PATTERN=FACTOR with a regular expression; the first found counts."""
-    text_encoder: bool = False
-    """Train the text encoder too; costs memory, since prompts cannot be cached."""
-    text_encoder_learning_rate: Rate = 5e-5
-    """Learning rate of the text encoder's LoRA."""
-    start_from: str = ""
-    """A LoRA file, of any layout, whose weights the new one begins with. Empty: none."""
 
 
 class OptimizerSettings(Section):
@@ -132,13 +78,15 @@ class ObjectiveSettings(Section):
     timestep_sampling: Literal["auto", "uniform", "sigmoid", "logit_normal", "mode", "shift", "resolution_shift"] = (
         "auto"
     )
-    """Which noise levels are trained how often (flow models only); `auto`: the base model's usual one."""
+    """Which noise levels are trained how often (flow models only); `auto`: the base model's usual one. `sigmoid` favors
+    the middle; `shift` moves that towards more noise, `resolution_shift` the more the larger the pictures are."""
     timestep_bias: Literal["balanced", "content", "style"] = "balanced"
     """Train high noise more often (`content`) or low noise (`style`)."""
     logit_mean: Annotated[float, Field(ge=-5.0, le=5.0)] = 0.0
     """Middle of `logit_normal`: above 0 more noise."""
     logit_std: Annotated[float, Field(gt=0.0, le=5.0)] = 1.0
-    """Width of `logit_normal` and `sigmoid`."""
+    """Width of `logit_normal`, `sigmoid`, `shift` and `resolution_shift`: more reaches the least and the most noise
+    more often; 1.7 is nearly even."""
     mode_scale: Annotated[float, Field(ge=-1.0, le=1.75)] = 1.29
     """Weight of the middle in `mode` (Esser et al., arXiv:2403.03206)."""
     shift: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
@@ -146,7 +94,8 @@ class ObjectiveSettings(Section):
     guidance: Annotated[float, Field(ge=0.0, le=30.0)] = 1.0
     """What base models with built-in guidance (FLUX dev) are told while training; 1 keeps them as guidable."""
     min_snr_gamma: Annotated[float, Field(ge=0.0, le=50.0)] = 0.0
-    """Min-SNR weighting (Hang et al., arXiv:2303.09556), usually 5; 0: off."""
+    """Min-SNR weighting (Hang et al., arXiv:2303.09556), usually 5; 0: off. Like the next six settings not for flow
+    models."""
     debiased: bool = False
     """Debiased estimation weighting (Yu et al., arXiv:2310.08442)."""
     p2_gamma: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
@@ -155,7 +104,8 @@ class ObjectiveSettings(Section):
     """End the noise schedule in pure noise (Lin et al., arXiv:2305.08891), for v-prediction models; a model that says
     so itself needs no setting."""
     noise_offset: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Adds a constant to each channel's noise so that very dark and bright pictures are learnt; 0: off."""
+    """Adds a constant to each channel's noise so that very dark and bright pictures are learnt, usually 0.03 to 0.1; 0:
+    off."""
     multires_iterations: Annotated[int, Field(ge=0, le=10)] = 0
     """Adds noise of this many coarser sizes, for the same; 0: off."""
     multires_discount: Annotated[float, Field(gt=0.0, le=1.0)] = 0.3
@@ -163,7 +113,8 @@ class ObjectiveSettings(Section):
     ip_noise: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Input perturbation (Ning et al., arXiv:2301.11706), usually 0.1; 0: off."""
     loss: Literal["l2", "huber", "smooth_l1"] = "l2"
-    """`huber` and `smooth_l1` count large errors less, for datasets with bad pictures."""
+    """`huber` and `smooth_l1` count large errors less, for datasets with bad pictures; `smooth_l1` counts small ones
+    more than `l2` does."""
     huber_c: Annotated[float, Field(gt=0.0, le=10.0)] = 0.1
     """Error above which `huber` and `smooth_l1` grow linearly."""
     huber_schedule: Literal["constant", "exponential", "snr"] = "snr"
@@ -173,8 +124,8 @@ class ObjectiveSettings(Section):
     unmasked_weight: Probability = 0.1
     """Weight of what a picture's mask leaves out in the loss; 0: it is not learnt at all."""
     preserve: Literal["off", "class", "blank"] = "off"
-    """Keep the base model's answer to the same prompt with preserve_class in the trigger's place (`class`), or to an
-    empty prompt (`blank`); a third to a half slower."""
+    """Keep what the base model draws for the same prompt with preserve_class in the trigger's place (`class`), or for
+    an empty prompt (`blank`). Steps take two and a half times as long; their memory hardly grows."""
     preserve_class: Annotated[str, Field(max_length=200)] = ""
     """What the trigger is one of, such as `woman` (`class` only)."""
     preserve_weight: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0

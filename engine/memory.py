@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorasmith.engine import storage
+from lorasmith.engine import adapter_layers, storage
 
 if TYPE_CHECKING:
     from lorasmith.engine.config import AdapterSettings, RunConfig
@@ -23,25 +24,37 @@ _SINGLE_FILE_PREFIX = "model.diffusion_model."
 _CONTEXT_GIB, _SLACK, _SLACK_GIB = 0.5, 1.05, 0.6
 _MLP_FACTOR = 1.35
 
-Shapes = Mapping[tuple[str, str], tuple[int, ...]]
-"""Weight shapes by (component, path of the layer)."""
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """The weight shape of a layer, and how it is adapted."""
+
+    shape: tuple[int, ...]
+    plan: adapter_layers.LayerPlan
 
 
-def adapted_layers(settings: AdapterSettings, spec: FamilySpec, files: BaseFiles) -> Shapes | None:
-    """Return the weight shapes of the layers to adapt by (component, path), or None where headers do not tell.
+AdaptedLayers = Mapping[tuple[str, str], AdaptedLayer]
+"""The layers to adapt by (component, path)."""
+
+
+def adapted_layers(settings: AdapterSettings, spec: FamilySpec, files: BaseFiles) -> AdaptedLayers | None:
+    """Return the layers to adapt, or None where headers do not tell.
 
     A single file in the original layout names convolutions and text encoders in ways that only loading translates.
     """
     single = files.kind == "single_file"
-    if single and (settings.kind == "locon" or settings.text_encoder):
+    convolutions = settings.kind == "locon" or settings.convolutions
+    if single and (convolutions or settings.text_encoder):
         return None
-    suffixes = (*spec.targets[settings.targets], *(spec.conv_targets if settings.kind == "locon" else ()))
-    found = {("denoiser", path): shape for path, shape in _matching(denoiser_tensors(files), suffixes).items()}
+    parts = {"denoiser": denoiser_tensors(files)}
     if settings.text_encoder:
-        for part in [part for part in files.config("") if part.startswith("text_encoder")]:
-            encoder = _matching(files.tensors(part), spec.text_encoder_targets)
-            found |= {(part, path): shape for path, shape in encoder.items()}
-    return found or None
+        parts |= {part: files.tensors(part) for part in spec.trainable_text_encoders}
+    layers: dict[tuple[str, str], AdaptedLayer] = {}
+    for component, tensors in parts.items():
+        shapes = _layer_shapes(tensors)
+        for path, plan in adapter_layers.plan_layers(shapes, spec, settings, component).items():
+            layers[component, path] = AdaptedLayer(shapes[path], plan)
+    return layers or None
 
 
 def denoiser_tensors(files: BaseFiles) -> dict[str, TensorInfo]:
@@ -53,21 +66,18 @@ def denoiser_tensors(files: BaseFiles) -> dict[str, TensorInfo]:
     return next((tensors for part in _DENOISER_PARTS if (tensors := files.tensors(part))), {})
 
 
-def _matching(tensors: Mapping[str, TensorInfo], suffixes: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+def _layer_shapes(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
+    """Return the weight shapes of what may be linear and convolution layers, by path."""
     layers = {name.removesuffix(".weight"): info.shape for name, info in tensors.items() if name.endswith(".weight")}
-    return {
-        path: shape
-        for path, shape in layers.items()
-        if len(shape) in (2, 4) and any(path == suffix or path.endswith(f".{suffix}") for suffix in suffixes)
-    }
+    return {path: shape for path, shape in layers.items() if len(shape) in (2, 4)}
 
 
-def num_parameters(shapes: Shapes, settings: AdapterSettings) -> int:
-    """Return how many numbers the adapter of layers with these weight shapes has."""
-    # A convolution larger than 1x1 has its own rank; see engine.adapters.
+def num_parameters(layers: AdaptedLayers, settings: AdapterSettings) -> int:
+    """Return how many numbers the adapter of these layers has."""
     return sum(
-        (settings.conv_rank if math.prod(shape[2:]) > 1 else settings.rank) * (shape[0] + math.prod(shape[1:]))
-        for shape in shapes.values()
+        math.prod(shape)
+        for layer in layers.values()
+        for shape in adapter_layers.tensor_shapes(layer.shape, layer.plan, settings).values()
     )
 
 
@@ -103,7 +113,12 @@ def forecast_peak(
     measured = spec.activation_mib_per_megapixel
     if measured is None or parameters is None or abs(weights / spec.denoiser_parameters - 1) > 0.03:
         return None, unknown
-    if config.adapter.kind == "locon" or config.adapter.text_encoder or config.train.precision == "fp32":
+    if (
+        config.adapter.kind != "lora"
+        or config.adapter.convolutions
+        or config.adapter.text_encoder
+        or config.train.precision == "fp32"
+    ):
         return None, unknown
     activations = measured[config.train.gradient_checkpointing] / 1024 * pixels / 1e6 * config.train.batch_size
     if config.adapter.targets == "attention-mlp":

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine import memory, storage
+from lorasmith.engine.combinations import base_contradictions
 from lorasmith.engine.dataset.buckets import MAX_ENLARGEMENT, BucketPlan, BucketRow, plan_buckets
 from lorasmith.engine.dataset.cache_size import forecast_cache, max_prompts, numbers_of_prompt
 from lorasmith.engine.dataset.epochs import Epochs
 from lorasmith.engine.disk_plan import plan_disk
 from lorasmith.engine.families import families
+from lorasmith.engine.holdout import split
 
 if TYPE_CHECKING:
     from lorasmith.engine.config import RunConfig
@@ -145,6 +147,7 @@ def build_plan(
     config = resolved.config
     spec = families()[identity.family].SPEC if identity is not None else None
     multiple = spec.pixel_multiple if spec else 8
+    dataset = split(dataset, config)[0] if dataset else None
     buckets = plan_buckets(dataset.items, config.dataset, multiple, config.run.seed) if dataset else None
     shapes = memory.adapted_layers(config.adapter, spec, files) if spec is not None and files is not None else None
     parameters = None if shapes is None else memory.num_parameters(shapes, config.adapter)
@@ -174,10 +177,13 @@ def build_plan(
         memory_note=memory_note,
         warnings=(),
     )
-    return dataclasses.replace(plan, warnings=tuple(_warnings(config, plan)))
+    unsuited = base_contradictions(config, spec, identity) if spec is not None and identity is not None else []
+    return dataclasses.replace(plan, warnings=(*unsuited, *_warnings(config, plan)))
 
 
-def _adapter_sizes(config: RunConfig, shapes: memory.Shapes | None, parameters: int | None) -> dict[str, int | None]:
+def _adapter_sizes(
+    config: RunConfig, shapes: memory.AdaptedLayers | None, parameters: int | None
+) -> dict[str, int | None]:
     if shapes is None or parameters is None:
         names = ("adapter_parameters", "adapter_modules", "checkpoint_bytes", "export_bytes", "disk_needed_bytes")
         return dict.fromkeys(names)

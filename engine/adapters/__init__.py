@@ -1,69 +1,35 @@
-"""The LoRA: small trainable matrices beside frozen layers, attached through peft.
+"""The adapter: small trainable tensors beside frozen layers, attached through peft.
 
-LoRA (Hu et al., arXiv:2106.09685) adds `up @ down * alpha / rank` to a layer's weight. LoCon (Yeh et al.,
-arXiv:2309.14859) does the same for convolutions: `down` is a convolution of the layer's own shape to `rank` channels,
-`up` one of 1x1. Weights are always 32-bit floats, whatever the base model is stored in, and their first values follow
-from the seed and the layer's name alone.
+LoRA (Hu et al., arXiv:2106.09685) adds `up @ down * alpha / rank` to a layer's weight. LoCon, LoHa and LoKr (Yeh et
+al., arXiv:2309.14859) do the same for convolutions, with the entry-by-entry product of two such products, and with a
+Kronecker product. DoRA (Liu et al., arXiv:2402.09353) learns the length of each row apart. OFT and BOFT turn the
+weights (see `rotation`). Weights are always 32-bit floats, whatever the base model is stored in, and their first values
+follow from the seed and the layer's name alone.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lorasmith.engine.adapter_layers import plan_layers, require_patterns_found, wanted_suffixes
+from lorasmith.engine.adapters.change import change_of, limit_norm
+from lorasmith.engine.adapters.first_weights import draw_first_weights
+from lorasmith.engine.adapters.injection import build_modules, weight_shapes, wrap_layers
+from lorasmith.engine.adapters.module import DOWN as DOWN
+from lorasmith.engine.adapters.module import MAGNITUDE as MAGNITUDE
+from lorasmith.engine.adapters.module import UP as UP
+from lorasmith.engine.adapters.module import AdapterModule as AdapterModule
+from lorasmith.engine.adapters.module import Kind as Kind
 from lorasmith.engine.config import AdapterSettings
-from lorasmith.engine.draws import torch_rng
 from lorasmith.engine.errors import BaseModelError, CheckpointError
-from lorasmith.engine.families import Component, Family
+from lorasmith.engine.families import Component, Family, FamilySpec
 
-_PEFT_NAME = "default"
-
-
-Kind = Literal["lora", "dora", "loha", "lokr", "oft", "boft"]
-"""What a module is; LoCon is `lora` on a convolution."""
-DOWN, UP = "lora_A.weight", "lora_B.weight"
-
-
-@dataclass
-class AdapterModule:
-    """The trained tensors of one layer, under the names that peft gives them."""
-
-    component: Component
-    path: str
-    """Dotted path of the layer inside the component."""
-    kind: Kind
-    tensors: dict[str, nn.Parameter]
-    """`lora_A.weight` (rank, in[, k, k]) and `lora_B.weight` (out, rank[, 1, 1]) for LoRA, with
-    `lora_magnitude_vector.weight` for DoRA; `hada_…` for LoHa, `lokr_…` for LoKr, `oft_R.weight`; `boft_…`."""
-    rank: int
-    alpha: float
-    scale: float
-    """What the product of the tensors is multiplied by; 1 where the kind has none."""
-    rate: float = 1.0
-    """Factor on the learning rate."""
-    start: dict[str, Tensor] | None = None
-    """The first values, where the base model's weight was changed so that they change nothing: the module's own change
-    is now less start."""
-
-    @property
-    def down(self) -> nn.Parameter:
-        """The down matrix of a LoRA or DoRA."""
-        return self.tensors[DOWN]
-
-    @property
-    def up(self) -> nn.Parameter:
-        """The up matrix of a LoRA or DoRA."""
-        return self.tensors[UP]
-
-    @property
-    def name(self) -> str:
-        """The component and path that name this module in checkpoints."""
-        return f"{self.component}.{self.path}"
+_START = "start."
+"""Before the names of a module's first values in checkpoints."""
 
 
 @dataclass
@@ -71,9 +37,10 @@ class Adapter:
     """Every trained module of a run, in a fixed order."""
 
     modules: list[AdapterModule]
-    dropouts: list[nn.Dropout] = field(default_factory=list)
-    layers: list[Any] = field(default_factory=list)
-    """The peft layers, each around the base model's own layer."""
+    dropouts: list[nn.Module] = field(default_factory=list)
+    """What drops something in training, and so follows `train`."""
+    max_norm: float = 0.0
+    """Largest Frobenius norm of a module's change; 0: none."""
 
     def parameters(self) -> list[nn.Parameter]:
         """Return all trained parameters, those of each module in turn."""
@@ -107,14 +74,13 @@ class Adapter:
 
     def delta(self, module: AdapterModule) -> Tensor:
         """Return what `module` adds to its layer's weight at strength 1, in the shape of that weight, fp32."""
-        with torch.no_grad():
-            down, up = module.down.float(), module.up.float()
-            if down.dim() == 2:
-                return up @ down * module.scale
-            return torch.einsum("or,rikl->oikl", up.flatten(1), down) * module.scale
+        return change_of(module)
 
     def after_step(self) -> None:
-        """Do what follows each update of the weights; nothing yet."""
+        """Shrink what has grown beyond `max_norm`, after each update of the weights; never waits for the device."""
+        if self.max_norm:
+            for module in self.modules:
+                limit_norm(module, self.max_norm)
 
     def all_finite(self) -> bool:
         """Tell whether no weight is NaN or infinite; waits for the device."""
@@ -123,99 +89,83 @@ class Adapter:
             return bool(torch.isfinite(torch.stack(norms)).all())
 
     def train(self, mode: bool = True) -> None:
-        """Switch LoRA dropout on or off; nothing else of the base model depends on a mode."""
+        """Switch dropout of all kinds on or off; nothing else of the base model depends on a mode."""
         for dropout in self.dropouts:
             dropout.train(mode)
 
     def set_enabled(self, enabled: bool) -> None:
         """Switch the whole adapter on, or off to get exactly the base model."""
-        for layer in self.layers:
-            # Not peft's enable_adapters: it also changes requires_grad.
-            layer._disable_adapters = not enabled
-
-    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
         for module in self.modules:
-            for tensor, parameter in module.tensors.items():
-                yield f"{module.name}.{tensor}", parameter
+            # Not peft's enable_adapters: it also changes requires_grad.
+            module.layer._disable_adapters = not enabled
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        for module in self.modules:
+            for name, tensor in module.tensors.items():
+                yield f"{module.name}.{name}", tensor
+            # Not drawn anew in a resumed run: another machine finds other directions of the same weight.
+            for name, tensor in (module.start or {}).items():
+                yield f"{module.name}.{_START}{name}", tensor
 
 
 def attach_adapter(family: Family, settings: AdapterSettings, seed: int) -> Adapter:
-    """Freeze the loaded base model and add trainable LoRA modules to it.
+    """Freeze the loaded base model and put adapter layers around its own.
 
-    Raises BaseModelError where a wanted component or every wanted layer is missing in it.
+    Raises BaseModelError where a wanted component or every wanted layer is missing in it, ConfigError where a pattern
+    of the settings is found in none.
     """
-    adapter = Adapter([])
-    wanted = family.spec.targets[settings.targets]
-    convolutions = family.spec.conv_targets if settings.kind == "locon" else ()
-    _attach(adapter, "denoiser", family.denoiser, (*wanted, *convolutions), settings)
-    if settings.text_encoder:
-        if not family.text_encoders:
-            raise BaseModelError(
-                "The base model has no text encoder to train.", fix="Set adapter.text_encoder = false."
-            )
-        for component, encoder in family.text_encoders.items():
-            _attach(adapter, component, encoder, family.spec.text_encoder_targets, settings)
-    _draw_first_weights(adapter, seed)
+    components = _components(family, settings)
+    _check_patterns(components, family.spec, settings)
+    adapter = Adapter([], max_norm=settings.max_norm)
+    for component, root in components.items():
+        plans = plan_layers(weight_shapes(root), family.spec, settings, component)
+        if not plans:
+            raise _nothing_to_adapt(component, family.spec, settings)
+        wrap_layers(root, plans, settings)
+        for module, dropouts in build_modules(root, component, plans, settings):
+            adapter.modules.append(module)
+            adapter.dropouts += dropouts
+    for module in adapter.modules:
+        draw_first_weights(module, settings.init, seed)
     return adapter
 
 
-def target_paths(root: nn.Module, suffixes: tuple[str, ...]) -> dict[str, nn.Module]:
-    """Return the linear and convolution layers of `root` whose dotted path is or ends in one of `suffixes`."""
-    return {
-        path: module
-        for path, module in root.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-        and any(path == suffix or path.endswith(f".{suffix}") for suffix in suffixes)
-    }
+def selected_layers(
+    root: nn.Module, spec: FamilySpec, settings: AdapterSettings, component: Component
+) -> dict[str, nn.Module]:
+    """Return the layers of `root` that the settings adapt, by path; `adapter_layers.plan_layers` is torch-free."""
+    return {path: root.get_submodule(path) for path in plan_layers(weight_shapes(root), spec, settings, component)}
 
 
-def _attach(
-    adapter: Adapter, component: Component, root: nn.Module, suffixes: tuple[str, ...], settings: AdapterSettings
-) -> None:
-    from peft import LoraConfig, inject_adapter_in_model
+def _components(family: Family, settings: AdapterSettings) -> dict[Component, nn.Module]:
+    components = {"denoiser": family.denoiser}
+    if settings.text_encoder:
+        wanted = family.spec.trainable_text_encoders
+        encoders = {name: encoder for name, encoder in family.text_encoders.items() if name in wanted}
+        if not encoders:
+            raise BaseModelError(
+                "The base model has no text encoder to train.", fix="Set adapter.text_encoder = false."
+            )
+        components |= encoders
+    return components
 
-    layers = target_paths(root, suffixes)
-    if not layers:
-        raise BaseModelError(
-            f"The base model's {component} has no layer to adapt.",
-            why=f"No linear or convolution layer is named {', '.join(suffixes)}.",
-            fix="Choose other adapter.targets, or report this base model.",
-        )
-    # A 1x1 convolution is a linear layer in all but name and takes the plain rank, as in kohya's files.
-    convolutions = [
-        path for path, layer in layers.items() if isinstance(layer, nn.Conv2d) and max(layer.kernel_size) > 1
-    ]
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        rank_pattern=dict.fromkeys(convolutions, settings.conv_rank),
-        alpha_pattern=dict.fromkeys(convolutions, settings.conv_alpha),
-        lora_dropout=settings.dropout,
-        target_modules=sorted(layers),
-        init_lora_weights=False,
+
+def _check_patterns(components: Mapping[Component, nn.Module], spec: FamilySpec, settings: AdapterSettings) -> None:
+    names = ("include", "exclude", "block_ranks", "block_learning_rates")
+    if any(getattr(settings, name) for name in names):
+        every = settings.model_copy(update={name: [] for name in names})
+        found = [
+            (component, path)
+            for component, root in components.items()
+            for path in plan_layers(weight_shapes(root), spec, every, component)
+        ]
+        require_patterns_found(found, spec, settings)
+
+
+def _nothing_to_adapt(component: Component, spec: FamilySpec, settings: AdapterSettings) -> BaseModelError:
+    suffixes = ", ".join(wanted_suffixes(spec, settings, component))
+    return BaseModelError(
+        f"The base model's {component} has no layer to adapt.",
+        why=f"No linear or convolution layer is named {suffixes}, or the patterns of the settings leave all out.",
+        fix="Choose other adapter.targets, adapter.include or adapter.exclude, or report this base model.",
     )
-    root.requires_grad_(False)
-    inject_adapter_in_model(config, root, _PEFT_NAME)
-    for path in sorted(layers):
-        layer: Any = root.get_submodule(path)
-        down, up = layer.lora_A[_PEFT_NAME], layer.lora_B[_PEFT_NAME]
-        # peft makes them in the base's type, and bf16 weights would swallow small updates.
-        down.to(torch.float32)
-        up.to(torch.float32)
-        rank, alpha = layer.r[_PEFT_NAME], layer.lora_alpha[_PEFT_NAME]
-        tensors = {DOWN: down.weight, UP: up.weight}
-        adapter.modules.append(AdapterModule(component, path, "lora", tensors, rank, alpha, alpha / rank))
-        adapter.layers.append(layer)
-        dropout = layer.lora_dropout[_PEFT_NAME]
-        if isinstance(dropout, nn.Dropout):
-            adapter.dropouts.append(dropout)
-
-
-def _draw_first_weights(adapter: Adapter, seed: int) -> None:
-    """Fill `down` as a linear layer starts (Kaiming uniform, a = √5: ±1/√fan_in) and `up` with zeros."""
-    for module in adapter.modules:
-        bound = 1.0 / math.sqrt(module.down[0].numel())
-        values = torch.empty(module.down.shape).uniform_(-bound, bound, generator=torch_rng(seed, module.name))
-        with torch.no_grad():
-            module.down.copy_(values)
-            module.up.zero_()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorasmith.engine.adapters import Adapter, attach_adapter, target_paths
+from lorasmith.engine.adapters import Adapter, attach_adapter, selected_layers
 from lorasmith.engine.config import AdapterSettings
 from lorasmith.engine.errors import BaseModelError, CheckpointError
 from lorasmith.engine.families import Family
@@ -29,7 +29,8 @@ def fill(adapter: Adapter) -> None:
 
 def test_lora_adapts_every_wanted_linear_layer_and_nothing_else_is_trained(tiny_sd15: Path) -> None:
     family = load_tiny(tiny_sd15)
-    wanted = target_paths(family.denoiser, tuple(family.spec.targets["attention"]))
+    wanted = selected_layers(family.denoiser, family.spec, AdapterSettings(), "denoiser")
+    assert len(wanted) == 32
     adapter = attach_adapter(family, AdapterSettings(rank=4), seed=1)
     assert [module.path for module in adapter.modules] == sorted(wanted)
     trained = {id(p) for p in family.denoiser.parameters() if p.requires_grad}
