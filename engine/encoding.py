@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lorasmith.engine.config import RunConfig
-from lorasmith.engine.dataset.buckets import BucketPlan
+from lorasmith.engine.dataset.buckets import BucketPlan, Sample
 from lorasmith.engine.dataset.cache import (
     EncodedPictures,
     LatentCache,
@@ -22,7 +22,7 @@ from lorasmith.engine.dataset.cache import (
 from lorasmith.engine.dataset.cache_size import latent_bytes, max_prompts, numbers_of_prompt, prompt_bytes
 from lorasmith.engine.dataset.epochs import Epochs
 from lorasmith.engine.events import Event, Logged, Progress, Stage
-from lorasmith.engine.families import Conditioning, Family
+from lorasmith.engine.families import Conditioning, Family, present_text_parts
 from lorasmith.engine.out_of_memory import Rungs
 from lorasmith.engine.sources import BaseFiles
 from lorasmith.engine.storage import cache_folder, free_bytes, readable_size
@@ -55,6 +55,8 @@ class Encoder:
     emit: Emit
     should_stop: ShouldStop
     rungs: Rungs = field(default_factory=Rungs)
+    held_out: tuple[Sample, ...] = ()
+    """Further pictures, which are not trained; their indices follow those of the plan."""
     reserved_bytes: int = 0
     """What the run itself will write to the disk of the cache."""
 
@@ -77,6 +79,10 @@ class Encoder:
         conditionings = self._encode_prompts(prompts, texts)
         self._tell_unwritten(texts.problem)
         return None if self.should_stop() else Encoded(pictures, conditionings)
+
+    @property
+    def _samples(self) -> tuple[Sample, ...]:
+        return (*self.plan.samples, *self.held_out)
 
     def _tell_unwritten(self, problem: str) -> None:
         if problem:
@@ -107,8 +113,8 @@ class Encoder:
     def _tell_size(self, prompts: Sequence[str]) -> bool:
         """Say how much is new and what it takes; return whether the disk has room for it."""
         spec, latents, texts = self.family.spec, LatentCache(), TextCache()
-        vae, text = self.files.fingerprint("vae"), self.files.fingerprint(*spec.text_parts)
-        settings, samples = self.config.dataset, self.plan.samples
+        vae, text = self.files.fingerprint("vae"), self._text_fingerprint()
+        settings, samples = self.config.dataset, self._samples
         new = [s for s in samples if not latents.has(latent_key(s, self.family, vae, settings))]
         unread = sum(not texts.has(prompt_key(prompt, self.family, text)) for prompt in prompts)
         needed = latent_bytes(new, spec, self._number_bytes)
@@ -131,10 +137,13 @@ class Encoder:
         self.emit(Logged(severity="warning", message=message))
         return False
 
+    def _text_fingerprint(self) -> str:
+        return self.files.fingerprint(*present_text_parts(self.family.spec, self.family.identity))
+
     def _encode_pictures(self, cache: LatentCache) -> EncodedPictures:
         report = report_progress(self.emit, "cache")
         return cache_latents(
-            self.plan.samples,
+            self._samples,
             self.family,
             self.files.fingerprint("vae"),
             self.config.dataset,
@@ -149,7 +158,7 @@ class Encoder:
         return cache_prompts(
             prompts,
             self.family,
-            self.files.fingerprint(*self.family.spec.text_parts),
+            self._text_fingerprint(),
             lambda done, total: report("Encoding captions", done, total),
             self.should_stop,
             cache,
@@ -158,7 +167,8 @@ class Encoder:
 
     def _tell_masked_out(self, pictures: EncodedPictures) -> None:
         """Name the pictures of which a mask leaves out everything, or everything of a part that is used."""
-        black = {self.plan.samples[index].item.relative for index, mask in pictures.masks.items() if not mask.any()}
+        samples = self._samples
+        black = {samples[index].item.relative for index, mask in pictures.masks.items() if not mask.any()}
         if not black:
             return
         weight = self.config.objective.unmasked_weight

@@ -17,7 +17,10 @@ from PIL import Image, ImageDraw
 from tests.tiny_chroma import build_tiny_chroma
 from tests.tiny_flux1 import build_tiny_flux1
 from tests.tiny_flux2 import build_tiny_flux2
+from tests.tiny_krea2 import build_tiny_krea2
 from tests.tiny_lumina2 import build_tiny_lumina2
+from tests.tiny_qwen_image import build_tiny_qwen_image
+from tests.tiny_sd35 import build_tiny_sd35
 from tests.tiny_sdxl import build_tiny_sdxl
 from tests.tiny_z_image import build_tiny_z_image
 
@@ -76,12 +79,15 @@ def build_tiny_sd15(
 
 TINY_BUILDERS: dict[str, Callable[[Path], Path]] = {
     "sd15": build_tiny_sd15,
+    "sd35": build_tiny_sd35,
     "sdxl": build_tiny_sdxl,
     "flux1": build_tiny_flux1,
     "chroma": build_tiny_chroma,
     "flux2": build_tiny_flux2,
+    "qwen_image": build_tiny_qwen_image,
     "z_image": build_tiny_z_image,
     "lumina2": build_tiny_lumina2,
+    "krea2": build_tiny_krea2,
 }
 """One builder a family, by family name: the contract tests run over these."""
 

@@ -60,7 +60,9 @@ class FamilySpec:
     `activation_mib_per_megapixel` is the memory that one picture's training step takes in a denoiser of
     `denoiser_parameters` in 16 bits with a rank 16 attention LoRA: without and with gradient checkpointing.
     `layouts` are the key layouts of exported files, the one that most programs load first; `readers` maps each to the
-    programs that load a plain LoRA from it. `draw_steps` and `draw_guidance` are how the usual variant draws.
+    programs that load a plain LoRA from it, and LAYOUT/KIND (as in `diffusers/lokr`) to those that load another kind
+    where that is not what `engine.compatibility` says of all base models. `fused_layouts` are those that store some
+    layers fused (`FusedName`). `draw_steps` and `draw_guidance` are how the usual variant draws.
     For flow models `timestep_sampling` is what `auto` means, `shift` the usual shift of `shift` sampling, and a square
     of `latent_patch` latents each way is one token. `uses` says by variant what to train on and use the LoRA on.
     """
@@ -89,6 +91,7 @@ class FamilySpec:
     trainable_text_encoders: tuple[Component, ...] = ("text_encoder",)
     token_limits: Mapping[str, int] = field(default_factory=dict)
     readers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fused_layouts: tuple[str, ...] = ()
     draw_steps: int = 20
     draw_guidance: float = 7.0
     timestep_sampling: TimestepSampling = "uniform"
@@ -104,9 +107,9 @@ class BaseIdentity:
     `label` is shown to the user, e.g. "Stable Diffusion 1.x, epsilon, fp16, 0.86 B". `native_resolution` is the side in
     pixels that the base was trained at. `parts_missing` names what the files lack, e.g. `vae`. `details` may hold
     `license`, the one that the model's own card names; "" or absent: the family's; `prompt_numbers`, `draw_steps` and
-    `draw_guidance` where this model's differ from the family's; `training_adapter`, the Hub id (`owner/name` or
-    `owner/name/file.safetensors`) of the LoRA that a distilled variant is trained with; and what LoRA files say of
-    their base: `architecture`, `ss_base_model_version`.
+    `draw_guidance` where this model's differ from the family's; `text_parts`, where one that may lack does;
+    `training_adapter`, the Hub id (`owner/name` or `owner/name/file.safetensors`) of the LoRA that a distilled variant
+    is trained with; and what LoRA files say of their base: `architecture`, `ss_base_model_version`.
     """
 
     family: str
@@ -264,6 +267,11 @@ def usual_drawing(family: Family) -> tuple[int, float]:
     details = family.identity.details
     steps = int(details.get("draw_steps", family.spec.draw_steps))
     return steps, float(details.get("draw_guidance", family.spec.draw_guidance))
+
+
+def present_text_parts(spec: FamilySpec, identity: BaseIdentity) -> tuple[str, ...]:
+    """Return the parts of this base model that encode text: `spec.text_parts` but for one that may lack and does."""
+    return tuple(identity.details.get("text_parts", spec.text_parts))
 
 
 @cache

@@ -21,6 +21,7 @@ from lorasmith.engine.families import (
     FamilySpec,
     MemoryMeasure,
     PictureRequest,
+    present_text_parts,
 )
 from lorasmith.engine.families import _loading as loading
 
@@ -62,7 +63,7 @@ class LoadedModel:
         self.denoiser: torch.nn.Module = self.load_denoiser().to(device)
         self.text_encoders: dict[Component, torch.nn.Module] = {}
         self._vae: Any = None
-        for component in self.spec.text_parts:
+        for component in present_text_parts(self.spec, identity):
             encoder = self.load_text_encoder(component)
             self.text_encoders[component] = encoder if apart else encoder.to(device)
         if not apart:
@@ -82,7 +83,7 @@ class LoadedModel:
         raise NotImplementedError
 
     def load_tokenizers(self) -> list[Any]:
-        """Return the tokenizers in the order of `spec.text_parts`."""
+        """Return the tokenizers in the order of the text encoders."""
         raise NotImplementedError
 
     def load_denoiser(self) -> torch.nn.Module:
