@@ -15,8 +15,8 @@ PRODUCTS = ("lora", "locon", "dora", "loha", "lokr")
 ROTATIONS = ("oft", "boft")
 """Kinds that turn the weights, and so have neither rank nor alpha."""
 _PLAIN = ("lora", "locon")
-_OF_WEIGHTS = ("pissa", "olora")
-"""Starts that are taken from the base model's weights."""
+OF_WEIGHTS = ("pissa", "olora")
+"""Starts that are taken from the base model's weights, and kept beside the trained ones."""
 
 
 def _odd_ranks(adapter: AdapterSettings) -> bool:
@@ -42,11 +42,11 @@ _TABLE: tuple[tuple[Condition, str], ...] = (
         "adapter.init must be default with adapter.kind = {kind}, which has a start of its own",
     ),
     (
-        lambda a: a.init in _OF_WEIGHTS and a.kind == "dora",
+        lambda a: a.init in OF_WEIGHTS and a.kind == "dora",
         "adapter.init = {init} does not go with adapter.kind = dora; set adapter.init = default or adapter.kind = lora",
     ),
     (
-        lambda a: a.init in _OF_WEIGHTS and bool(a.start_from),
+        lambda a: a.init in OF_WEIGHTS and bool(a.start_from),
         "adapter.start_from and adapter.init = {init} are two different beginnings; set adapter.init = default",
     ),
     (
@@ -73,12 +73,12 @@ _TABLE: tuple[tuple[Condition, str], ...] = (
         "adapter.dropout must be 0 with adapter.kind = {kind}; lora and locon have it",
     ),
     (
-        lambda a: a.rank_dropout > 0 and (a.kind in ("dora", *ROTATIONS) or a.init in _OF_WEIGHTS),
+        lambda a: a.rank_dropout > 0 and (a.kind in ("dora", *ROTATIONS) or a.init in OF_WEIGHTS),
         "adapter.rank_dropout must be 0 with adapter.kind = {kind} and adapter.init = {init}; lora, locon, loha and "
         "lokr with init = default have it",
     ),
     (
-        lambda a: a.max_norm > 0 and (a.kind in ("dora", *ROTATIONS) or a.init in _OF_WEIGHTS),
+        lambda a: a.max_norm > 0 and (a.kind in ("dora", *ROTATIONS) or a.init in OF_WEIGHTS),
         "adapter.max_norm must be 0 with adapter.kind = {kind} and adapter.init = {init}; lora, locon, loha and "
         "lokr with init = default have it",
     ),

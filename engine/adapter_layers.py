@@ -147,7 +147,7 @@ def whole_factors(shape: Shape, rank: int, settings: AdapterSettings) -> bool:
 
 def _lokr_shapes(shape: Shape, rank: int, settings: AdapterSettings) -> dict[str, Shape]:
     (out_small, out_large), (in_small, in_large) = (kronecker_sides(size, settings.lokr_factor) for size in shape[:2])
-    first = {"lokr_w1": (out_small, in_small)}
+    first: dict[str, Shape] = {"lokr_w1": (out_small, in_small)}
     if whole_factors(shape, rank, settings):
         return first | {"lokr_w2": (out_large, in_large, *shape[2:])}
     return first | {"lokr_w2_a": (out_large, rank), "lokr_w2_b": (rank, in_large * math.prod(shape[2:]))}

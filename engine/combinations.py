@@ -56,6 +56,11 @@ def base_contradictions(config: RunConfig, spec: FamilySpec, identity: BaseIdent
             problems.append(
                 f"objective.{name} has no meaning for {spec.label}, {_KINDS[spec.objective]}: set it to {_word(usual)}"
             )
+    if config.adapter.targets not in spec.targets:
+        problems.append(
+            f"adapter.targets = {config.adapter.targets}: {spec.label} has no such set of layers; "
+            f"it has {', '.join(spec.targets)}"
+        )
     if spec.objective == "flow" and config.base.prediction != "auto":
         problems.append(f"base.prediction must be auto: {spec.label} is a flow model and predicts neither")
     if objective.zero_terminal_snr and config.base.prediction == "auto" and identity.prediction == "epsilon":

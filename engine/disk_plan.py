@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorasmith.engine.adapter_combinations import OF_WEIGHTS
 from lorasmith.engine.config import RunConfig
 from lorasmith.engine.errors import StorageError
 from lorasmith.engine.preview_sheet import MAX_SHEET_PIXELS
@@ -64,7 +65,8 @@ def plan_disk(
     # One more than is planned: the user may ask for a save at any time.
     saves = (steps // every if every else 0) + 2 if steps > 0 else 0
     at_once = max(0, min(config.checkpoints.keep + 1, len(existing) + saves) - len(existing))
-    grown = at_once * checkpoint_bytes(num_parameters, config.optimizer.name, averaged=config.train.ema_decay > 0)
+    averaged, starts = config.train.ema_decay > 0, config.adapter.init in OF_WEIGHTS
+    grown = at_once * checkpoint_bytes(num_parameters, config.optimizer.name, averaged=averaged, starts=starts)
     pictures = _num_previews(config, steps)
     pixels = (config.previews.side or config.dataset.resolution) ** 2
     sheet = min(pictures * pixels, MAX_SHEET_PIXELS)
@@ -74,7 +76,7 @@ def plan_disk(
         num_checkpoints=at_once,
         previews=int((pictures * pixels + sheet) * PNG_BYTES_PER_PIXEL),
         num_previews=pictures,
-        export=layouts * (num_parameters * EXPORT_BYTES[config.export.precision] + _SLACK_BYTES),
+        export=layouts * (num_parameters * (1 + starts) * EXPORT_BYTES[config.export.precision] + _SLACK_BYTES),
         num_exports=layouts,
         journal=steps * JOURNAL_BYTES_PER_STEP + _SLACK_BYTES,
     )

@@ -44,7 +44,7 @@ def adapted_layers(settings: AdapterSettings, spec: FamilySpec, files: BaseFiles
     """
     single = files.kind == "single_file"
     convolutions = settings.kind == "locon" or settings.convolutions
-    if single and (convolutions or settings.text_encoder):
+    if (single and (convolutions or settings.text_encoder)) or settings.targets not in spec.targets:
         return None
     parts = {"denoiser": denoiser_tensors(files)}
     if settings.text_encoder:

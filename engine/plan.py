@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine import memory, storage
+from lorasmith.engine.adapter_combinations import OF_WEIGHTS
 from lorasmith.engine.combinations import base_contradictions
 from lorasmith.engine.dataset.buckets import MAX_ENLARGEMENT, BucketPlan, BucketRow, plan_buckets
 from lorasmith.engine.dataset.cache_size import forecast_cache, max_prompts, numbers_of_prompt
@@ -187,7 +188,8 @@ def _adapter_sizes(
     if shapes is None or parameters is None:
         names = ("adapter_parameters", "adapter_modules", "checkpoint_bytes", "export_bytes", "disk_needed_bytes")
         return dict.fromkeys(names)
-    checkpoint = storage.checkpoint_bytes(parameters, config.optimizer.name, averaged=config.train.ema_decay > 0)
+    averaged, starts = config.train.ema_decay > 0, config.adapter.init in OF_WEIGHTS
+    checkpoint = storage.checkpoint_bytes(parameters, config.optimizer.name, averaged=averaged, starts=starts)
     return {
         "adapter_parameters": parameters,
         "adapter_modules": len(shapes),
@@ -238,7 +240,8 @@ def _cache_sizes(config: RunConfig, buckets: BucketPlan | None, identity: BaseId
 
 def _export_bytes(config: RunConfig, modules: int, parameters: int) -> int:
     # Three keys a module take about 115 bytes each in the header, the metadata some 4 kB.
-    one = parameters * storage.EXPORT_BYTES[config.export.precision] + modules * 3 * 115 + 4000
+    numbers = parameters * (1 + (config.adapter.init in OF_WEIGHTS))
+    one = numbers * storage.EXPORT_BYTES[config.export.precision] + modules * 3 * 115 + 4000
     return one * len(set(config.export.layouts))
 
 

@@ -214,14 +214,14 @@ def is_disk_full(error: OSError | str) -> bool:
     return "No space left" in error or "os error 28" in error or "quota exceeded" in error.lower()
 
 
-def checkpoint_bytes(num_parameters: int, optimizer: str, *, averaged: bool = False) -> int:
+def checkpoint_bytes(num_parameters: int, optimizer: str, *, averaged: bool = False, starts: bool = False) -> int:
     """Return how large one checkpoint of `num_parameters` trained numbers becomes at most.
 
     `averaged` where the run keeps a running average of them as well (`train.ema_decay`); schedule-free optimizers
-    always do.
+    always do. `starts` where it keeps what they began with (`adapter.init` from the base's weights).
     """
     averaged = averaged or optimizer in SCHEDULE_FREE
-    return int(num_parameters * (4 + 4 * averaged + OPTIMIZER_BYTES[optimizer])) + 1_000_000
+    return int(num_parameters * (4 * (1 + averaged) * (1 + starts) + OPTIMIZER_BYTES[optimizer])) + 1_000_000
 
 
 def readable_size(num_bytes: float) -> str:

@@ -104,8 +104,8 @@ class Adapter:
             for name, tensor in module.tensors.items():
                 yield f"{module.name}.{name}", tensor
             # Not drawn anew in a resumed run: another machine finds other directions of the same weight.
-            for name, tensor in (module.start or {}).items():
-                yield f"{module.name}.{_START}{name}", tensor
+            for name, first in (module.start or {}).items():
+                yield f"{module.name}.{_START}{name}", first
 
 
 def attach_adapter(family: Family, settings: AdapterSettings, seed: int) -> Adapter:

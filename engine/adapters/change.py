@@ -57,16 +57,20 @@ def limit_norm(module: AdapterModule, limit: float) -> None:
 
 def _norm(module: AdapterModule) -> Tensor:
     """Return the Frobenius norm () of a change, written out only where it must be."""
+    norm: Tensor
     tensors = {name: tensor.detach() for name, tensor in module.tensors.items()}
     if module.kind == "lora":
         # ‖U D‖² = tr(UᵀU · DDᵀ)
         up, down = tensors[UP].flatten(1), tensors[DOWN].flatten(1)
-        return abs(module.scale) * torch.sum((up.T @ up) * (down @ down.T)).clamp(min=0).sqrt()
-    if module.kind == "lokr":
+        norm = torch.sum((up.T @ up) * (down @ down.T)).clamp(min=0).sqrt()
+    elif module.kind == "lokr":
         # The norm of a Kronecker product is the product of the norms.
         second = tensors["lokr_w2"] if "lokr_w2" in tensors else tensors["lokr_w2_a"] @ tensors["lokr_w2_b"]
-        return abs(module.scale) * tensors["lokr_w1"].norm() * second.norm()
-    return change_of(module).norm()
+        norm = tensors["lokr_w1"].norm() * second.norm()
+    else:
+        norm = change_of(module).norm()
+        return norm
+    return norm * abs(module.scale)
 
 
 def _product(module: AdapterModule) -> Tensor:
@@ -87,7 +91,8 @@ def _dora(module: AdapterModule) -> Tensor:
     weight = base_weight(module.layer)
     turned = weight + _product(module)
     ratio = module.tensors[MAGNITUDE].flatten() / row_norms(module)
-    return ratio.view(-1, *(1 for _ in weight.shape[1:])) * turned - weight
+    change: Tensor = ratio.view(-1, *(1 for _ in weight.shape[1:])) * turned - weight
+    return change
 
 
 def _of_peft(module: AdapterModule) -> Tensor:
@@ -97,7 +102,7 @@ def _of_peft(module: AdapterModule) -> Tensor:
 
 def _oft(module: AdapterModule) -> Tensor:
     weight = base_weight(module.layer)
-    rotation = module.layer.oft_R[PEFT_NAME].get_weight()
+    rotation: Tensor = module.layer.oft_R[PEFT_NAME].get_weight()
     # Inputs x are turned to x R, so that W (x R)ᵀ = (W Rᵀ) xᵀ.
     return (weight.flatten(1) @ rotation.T).reshape(weight.shape) - weight
 
@@ -105,5 +110,5 @@ def _oft(module: AdapterModule) -> Tensor:
 def _boft(module: AdapterModule) -> Tensor:
     weight = base_weight(module.layer)
     flat = weight.flatten(1)
-    rotation = module.layer.rotate(torch.eye(flat.shape[1], device=flat.device))
+    rotation: Tensor = module.layer.rotate(torch.eye(flat.shape[1], device=flat.device))
     return (module.tensors["boft_s"] * (flat @ rotation.T)).reshape(weight.shape) - weight

@@ -122,7 +122,8 @@ def _trained_tensor(layer: Any, name: str) -> nn.Parameter:
     else:
         parameter = holder[PEFT_NAME]
         parameter.data = parameter.data.float()
-    return parameter.requires_grad_(True)
+    parameter.requires_grad_(True)
+    return parameter
 
 
 def _scale(shape: Shape, plan: LayerPlan, settings: AdapterSettings) -> float:
@@ -136,7 +137,7 @@ def _settle(module: AdapterModule, settings: AdapterSettings) -> list[nn.Module]
     layer = module.layer
     if module.kind in ("lora", "dora"):
         layer.scaling[PEFT_NAME] = module.scale
-        dropouts = [part for part in layer.lora_dropout.values() if isinstance(part, nn.Dropout)]
+        dropouts: list[nn.Module] = [part for part in layer.lora_dropout.values() if isinstance(part, nn.Dropout)]
         if settings.rank_dropout:
             dropouts.append(_drop_ranks(layer, settings.rank_dropout))
         return dropouts

@@ -38,15 +38,16 @@ class ButterflyLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft h
     adapter_layer_names = ("boft_R", "boft_s")
     other_param_names = ()
 
-    def __init__(self, base_layer: nn.Module, block: int, stages: int) -> None:
+    def __init__(self, base_layer: Any, block: int, stages: int) -> None:
         """Wrap `base_layer`; zeros and ones, so that nothing changes at first."""
         super().__init__()
-        self.base_layer = base_layer
+        self.base_layer: Any = base_layer
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter = PEFT_NAME
-        weight: Any = base_layer.weight
-        out, inputs = int(base_layer.out_features if weight.dim() == 2 else weight.shape[0]), _inputs(base_layer)
+        convolution, weight = isinstance(base_layer, nn.Conv2d), base_layer.weight
+        inputs = base_layer.in_channels if convolution else base_layer.in_features
+        out = base_layer.out_channels if convolution else base_layer.out_features
         place: dict[str, Any] = {"device": weight.device, "dtype": torch.float32}
         blocks = torch.zeros(stages, inputs // block, block, block, **place)
         self.boft_R = nn.ParameterDict({PEFT_NAME: nn.Parameter(blocks)})
@@ -68,7 +69,8 @@ class ButterflyLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft h
         scale, bias = self.boft_s[PEFT_NAME].flatten() - 1.0, self.base_layer.bias
         product = result if bias is None else result - (bias if channels == -1 else bias.view(-1, 1, 1))
         # Added and not multiplied, so that a scale of 1 changes no bit.
-        return (result + product * (scale if channels == -1 else scale.view(-1, 1, 1))).to(result.dtype)
+        scaled: Tensor = result + product * (scale if channels == -1 else scale.view(-1, 1, 1))
+        return scaled.to(result.dtype)
 
     def rotate(self, x: Tensor) -> Tensor:
         """Turn vectors (…, in), fp32."""
@@ -79,13 +81,9 @@ class ButterflyLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft h
         shape = x.shape
         for stage in reversed(range(stages)):
             order, inverse = getattr(self, f"order_{stage + 1}"), getattr(self, f"inverse_{stage + 1}")
-            pieces = x[..., inverse].unflatten(-1, (num, block))
+            pieces = x[..., inverse].reshape(*shape[:-1], num, block)
             x = torch.einsum("...nb,nbc->...nc", pieces, rotations[stage]).reshape(shape)[..., order]
         return x
-
-
-def _inputs(layer: Any) -> int:
-    return int(layer.in_features if hasattr(layer, "in_features") else layer.in_channels)
 
 
 def _order(inputs: int, block: int, stages: int, stage: int) -> Tensor:
