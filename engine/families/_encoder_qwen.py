@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine.errors import BaseModelError
 from lorasmith.engine.families import _language_model as language_model
+from lorasmith.engine.families._loading import load_part
 from lorasmith.engine.families._weights import FoundWeights, fill_module, find_weights, part_paths, read_weights
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ SIZES = {1024: "0.6B", 2048: "1.7B", 2560: "4B", 4096: "8B"}
 """Qwen3's sizes by the width of their hidden states."""
 PART = "text_encoder"
 _THETA = 1_000_000.0
+_TEXT = ("embed_tokens.", "layers.", "norm.")
 _QUERY_NORM, _QUERY_BIAS = "layers.0.self_attn.q_norm.weight", "layers.0.self_attn.q_proj.bias"
 _QWEN3_REPOS = (
     ("Qwen/Qwen3-4B", ""),
@@ -110,6 +112,36 @@ def load_folder(files: BaseFiles, dtype: torch.dtype, layers: int, part: str = P
     from transformers import Qwen3Model
 
     return language_model.load_folder(files, part, Qwen3Model, layers, dtype)
+
+
+def load_qwen25(files: BaseFiles, found: FoundWeights, dtype: torch.dtype) -> Any:
+    """Load the language model of a Qwen2.5-VL from a single file in main memory as `dtype`, without its eyes."""
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
+
+    sizes = language_model.config_of(found.tensors)
+    config = {
+        **{name: size for name, size in sizes.items() if name != "head_dim"},
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 128_000,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": _THETA,
+            # Turns of time, height and width; for text they are all the same: 16, 24, 24 of 64.
+            "mrope_section": [sizes["head_dim"] // 8, sizes["head_dim"] * 3 // 16, sizes["head_dim"] * 3 // 16],
+        },
+    }
+    weights = {name: value for name, value in read_weights(found, dtype).items() if name.startswith(_TEXT)}
+    return fill_module(
+        files, PART, lambda **values: Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**values)), config, weights, dtype
+    )
+
+
+def load_qwen25_folder(files: BaseFiles, dtype: torch.dtype, part: str = PART) -> Any:
+    """Load the language model of a Qwen2.5-VL from a part of a diffusers folder, without its eyes."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    whole = load_part(files, part, Qwen2_5_VLForConditionalGeneration, dtype)
+    return whole.model.language_model
 
 
 def load_tokenizer(folder: Path | None = None, name: str = "qwen3") -> Any:
