@@ -62,7 +62,7 @@ SPEC = FamilySpec(
     hub_ids=("Qwen/Qwen-Image-2512", "Qwen/Qwen-Image"),
     denoiser_parameters=20_430_401_088,
     latent_channels=16,
-    latent_downscale=autoencoder.FACTOR,
+    latent_downscale=autoencoder.DOWNSCALE,
     latent_patch=2,
     prompt_numbers=own.TOKENS * 3584,
     sources=("https://huggingface.co/Qwen/Qwen-Image", "https://huggingface.co/Qwen/Qwen-Image-2512"),
@@ -161,7 +161,7 @@ class QwenImage(LoadedModel):
 
     def load_vae(self) -> Any:
         """Load the autoencoder."""
-        return autoencoder.load(self.files, self.vae_dtype)
+        return autoencoder.load_any(self.files, self.vae_dtype)
 
     def latents_of(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
         """Encode to normalized latents (B, 16, H / 8, W / 8); the mode of the posterior."""
