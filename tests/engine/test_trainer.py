@@ -102,7 +102,13 @@ def device_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_step_never_waits_for_the_device(tiny_sd15: Path, tmp_path: Path, device_reads: list[str]) -> None:
-    config = tiny_config(tiny_sd15, tmp_path, train={"gradient_accumulation": 2}, dataset={"crop": "random"})
+    config = tiny_config(
+        tiny_sd15,
+        tmp_path,
+        train={"gradient_accumulation": 2},
+        dataset={"crop": "random"},
+        objective={"preserve": "class", "preserve_class": "toy", "loss": "huber", "ip_noise": 0.1},
+    )
     for number in range(5):
         Image.linear_gradient("L").resize((64, 64)).save(tmp_path / "pictures" / f"{number:02}-masklabel.png")
     learner = tiny_learner(config)
