@@ -6,14 +6,13 @@ there follows from the programs' own code, named at each rule.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from lorasmith.engine.errors import ConfigError, ExportError
 
 if TYPE_CHECKING:
     from lorasmith.engine.config import AdapterSettings, BaseSettings, ExportSettings, RunConfig
-    from lorasmith.engine.families import BaseIdentity, Component, FamilySpec
+    from lorasmith.engine.families import BaseIdentity, FamilySpec
 
 PROGRAMS = ("ComfyUI", "A1111", "Forge", "diffusers")
 LABELS = {
@@ -60,6 +59,8 @@ def chosen_layouts(settings: ExportSettings, spec: FamilySpec) -> list[str]:
 
 def loads_kind(spec: FamilySpec, kind: str, layout: str) -> tuple[str, ...]:
     """Return the programs that load an adapter of `kind` from a file in `layout`."""
+    if not _can_hold(spec, kind, layout):
+        return ()
     stated = spec.readers.get(f"{layout}/{kind}")
     if stated is not None:
         return stated
@@ -72,13 +73,18 @@ def loads_in(spec: FamilySpec, adapter: AdapterSettings, layout: str) -> tuple[s
     return loads_kind(spec, adapter.kind, layout)
 
 
-def why_not(spec: FamilySpec, adapter: AdapterSettings, layout: str, program: str) -> str:
-    """Return why `program` does not load the adapter from a file in `layout`; "" where it does."""
-    if program in loads_in(spec, adapter, layout):
+def why_not(spec: FamilySpec, adapter: AdapterSettings, layout: str, program: str = "") -> str:
+    """Return why `program` does not load the adapter from a file in `layout`; "" where it does.
+
+    Without `program`, of the first that loads a LoRA from there but not this adapter.
+    """
+    programs, usual = loads_in(spec, adapter, layout), spec.readers.get(layout, ())
+    program = program or next((name for name in usual if name not in programs), "")
+    if not program or program in programs:
         return ""
-    if program not in spec.readers.get(layout, ()):
-        return _NO_NAMES
-    return _losses(adapter.kind, layout).get(program, _NO_NAMES)
+    if not _can_hold(spec, adapter.kind, layout):
+        return f"it stores layers fused with others, which a {LABELS[adapter.kind]} cannot be"
+    return _losses(adapter.kind, layout).get(program, _NO_NAMES) if program in usual else _NO_NAMES
 
 
 def compatibility_problems(config: RunConfig, spec: FamilySpec, identity: BaseIdentity | None = None) -> list[str]:
@@ -87,7 +93,11 @@ def compatibility_problems(config: RunConfig, spec: FamilySpec, identity: BaseId
     What no training can start with comes first; see `require_compatible`.
     """
     errors = layout_errors(config, spec)
-    layouts = [layout for layout in chosen_layouts(config.export, spec) if layout in spec.layouts]
+    layouts = [
+        layout
+        for layout in chosen_layouts(config.export, spec)
+        if layout in spec.layouts and _can_hold(spec, config.adapter.kind, layout)
+    ]
     found = [words for layout in layouts if (words := _loss_words(config.adapter, spec, layout, layouts))]
     if identity is not None and (words := missing_training_adapter(config.base, identity)):
         found.append(words)
@@ -109,6 +119,11 @@ def layout_errors(config: RunConfig, spec: FamilySpec) -> list[str]:
             found.append(
                 f"export.layouts: {spec.label} has no {layout} layout. Choose of {', '.join(spec.layouts)}, or auto."
             )
+        elif not _can_hold(spec, config.adapter.kind, layout):
+            found.append(
+                f"export.layouts: the {layout} layout stores layers of {spec.label} fused with others, which a "
+                f"{LABELS[config.adapter.kind]} cannot be. {_instead(spec, config.adapter.kind)}."
+            )
         elif config.adapter.text_encoder and (component := _nameless_encoder(spec, layout)):
             others = [other for other in spec.layouts if not _nameless_encoder(spec, other)]
             fix = f"Set export.layouts to {' or '.join(others)}" if others else "Set adapter.text_encoder = false"
@@ -116,29 +131,6 @@ def layout_errors(config: RunConfig, spec: FamilySpec) -> list[str]:
                 f"export.layouts: the {layout} layout has no names for the {component} that is trained. {fix}."
             )
     return found
-
-
-def unstorable(spec: FamilySpec, kind: str, layout: str, places: Iterable[tuple[Component, str]]) -> str:
-    """Return why an adapter of `kind` on the layers `places` cannot be stored in `layout`; "" where it can.
-
-    A layout that stores a layer fused with others holds only products there, which can be put together exactly.
-    """
-    from lorasmith.engine.families import families
-
-    module = families().get(spec.name)
-    if module is None or kind in ("lora", "locon"):
-        return ""
-    for component, path in places:
-        try:
-            name = module.export_name(layout, component, path)
-        except ExportError:
-            continue
-        if not isinstance(name, str):
-            return (
-                f"export.layouts: the {layout} layout stores {path} fused with other layers, which a {LABELS[kind]} "
-                f"cannot be. Choose {_others(spec, layout)}, or adapter.kind = lora."
-            )
-    return ""
 
 
 def missing_training_adapter(base: BaseSettings, identity: BaseIdentity) -> str:
@@ -166,8 +158,7 @@ def _loss_words(adapter: AdapterSettings, spec: FamilySpec, layout: str, chosen:
         return ""
     why = why_not(spec, adapter, layout, lost[0])
     if not programs:
-        better = [other for other in spec.layouts if loads_in(spec, adapter, other)]
-        fix = f"Set export.layouts to {' or '.join(better)}" if better else "Choose adapter.kind = lora"
+        fix = _instead(spec, adapter.kind)
         return f"No program that lorasmith knows loads a {label} from the {layout} layout: {why}. {fix}."
     elsewhere = [
         other for other in spec.layouts if other not in chosen and set(lost) & set(loads_in(spec, adapter, other))
@@ -179,8 +170,15 @@ def _loss_words(adapter: AdapterSettings, spec: FamilySpec, layout: str, chosen:
     )
 
 
-def _others(spec: FamilySpec, layout: str) -> str:
-    return " or ".join(other for other in spec.layouts if other != layout) or "auto"
+def _can_hold(spec: FamilySpec, kind: str, layout: str) -> bool:
+    """Only products can be put together exactly where a layout stores several layers as one."""
+    return kind in ("lora", "locon") or layout not in spec.fused_layouts
+
+
+def _instead(spec: FamilySpec, kind: str) -> str:
+    """Say what to set where a layout cannot hold an adapter of `kind`."""
+    others = [layout for layout in spec.layouts if loads_kind(spec, kind, layout)]
+    return f"Set export.layouts to {' or '.join(others)}" if others else "Choose adapter.kind = lora"
 
 
 def _nameless_encoder(spec: FamilySpec, layout: str) -> str:
@@ -188,7 +186,9 @@ def _nameless_encoder(spec: FamilySpec, layout: str) -> str:
     from lorasmith.engine.families import families
 
     module = families().get(spec.name)
-    for component in spec.trainable_text_encoders if module is not None else ():
+    if module is None:
+        return ""
+    for component in spec.trainable_text_encoders:
         try:
             module.export_name(layout, component, (spec.text_encoder_targets or ("",))[0])
         except ExportError:

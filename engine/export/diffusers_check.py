@@ -37,7 +37,8 @@ def load_with_diffusers(path: Path, family: Family, components: set[Component]) 
         try:
             # Loading into nothing first: at their first use the libraries complain of what is not installed, which says
             # nothing about this file.
-            family_module(family).load_lora(path, {})
+            with contextlib.suppress(Exception):
+                family_module(family).load_lora(path, {})
             complaints.clear()
             family_module(family).load_lora(path, copies)
         except Exception as error:  # any failure of a reader is the answer that the proof looks for

@@ -40,6 +40,33 @@ class Stored:
         return self.kind in ("dora", "oft", "boft")
 
     @property
+    def strength(self) -> float:
+        """What readers multiply the product of the tensors by: alpha / rank, or 1 where either is not told."""
+        whole = "lokr_w1" in self.tensors and "lokr_w2" in self.tensors
+        rank = 0 if whole or self.kind in ("oft", "boft", "diff") else self._rank()
+        return 1.0 if self.alpha is None or not rank else self.alpha / rank
+
+    def _rank(self) -> int:
+        return spelled.rank_of({role: tuple(tensor.shape) for role, tensor in self.tensors.items()})
+
+    def before_lengths(self, shape: tuple[int, ...]) -> AnyChange:
+        """Return what a DoRA adds before its rows are stretched, for a weight of `shape`."""
+        return _shaped(_added(self), shape)
+
+    def size(self) -> tuple[int, int]:
+        """Return rows and columns of the weight that is changed, a kernel's places counted as columns; 0: not told."""
+        return spelled.weight_size({role: tuple(tensor.shape) for role, tensor in self.tensors.items()})
+
+    def sliced(self, first: int, count: int) -> Stored:
+        """Return a DoRA of `count` rows from `first` on, as ComfyUI applies a fused one to a part of a layer."""
+        rows = {
+            role: tensor[first : first + count]
+            for role, tensor in self.tensors.items()
+            if role in (spelled.UP, spelled.DORA_SCALE, spelled.MAGNITUDE)
+        }
+        return Stored(self.name, {**self.tensors, **rows}, self.layout)
+
+    @property
     def alpha(self) -> float | None:
         """The file's `.alpha` for this name."""
         alpha = self.tensors.get(spelled.ALPHA)
@@ -101,20 +128,16 @@ def _added(stored: Stored) -> AnyChange:
         return _product(stored)
     if "hada_w1_a" in t:
         product = _factor(t, "hada_w1_a", "hada_w1_b", "hada_t1") * _factor(t, "hada_w2_a", "hada_w2_b", "hada_t2")
-        return WholeChange(product * _strength(stored, t["hada_w1_b"].shape[0]))
+        return WholeChange(product * stored.strength)
     if "diff" in t:
         return WholeChange(t["diff"].float())
     return _kronecker(stored)
 
 
-def _strength(stored: Stored, rank: int) -> float:
-    return 1.0 if stored.alpha is None else stored.alpha / rank
-
-
 def _product(stored: Stored) -> Change:
     """LoRA: up @ down × alpha / rank; with a middle (Tucker) down is first carried through it."""
     down, up, middle = stored.tensors[spelled.DOWN], stored.tensors[spelled.UP], stored.tensors.get(spelled.MID)
-    strength = _strength(stored, down.shape[0])
+    strength = stored.strength
     if middle is not None:
         down = torch.einsum("ab...,bi->ai...", middle.float(), down.float().flatten(1))
     return Change(down, up, strength)
@@ -129,17 +152,10 @@ def _factor(t: Mapping[str, Tensor], first: str, second: str, core: str) -> Tens
 def _kronecker(stored: Stored) -> WholeChange:
     """LoKr: w1 ⊗ w2, each whole or a product; alpha counts only where one of them is a product."""
     t = stored.tensors
-    rank = 0
-    if "lokr_w1" in t:
-        first = t["lokr_w1"].float()
-    else:
-        first, rank = t["lokr_w1_a"].float() @ t["lokr_w1_b"].float(), t["lokr_w1_b"].shape[0]
-    if "lokr_w2" in t:
-        second = t["lokr_w2"].float()
-    else:
-        second, rank = _factor(t, "lokr_w2_a", "lokr_w2_b", "lokr_t2"), t["lokr_w2_b"].shape[0]
+    first = t["lokr_w1"].float() if "lokr_w1" in t else t["lokr_w1_a"].float() @ t["lokr_w1_b"].float()
+    second = t["lokr_w2"].float() if "lokr_w2" in t else _factor(t, "lokr_w2_a", "lokr_w2_b", "lokr_t2")
     first = first.reshape(*first.shape, *[1] * (second.dim() - first.dim()))
-    return WholeChange(torch.kron(first, second.contiguous()) * (_strength(stored, rank) if rank else 1.0))
+    return WholeChange(torch.kron(first, second.contiguous()) * stored.strength)
 
 
 def _decomposed(stored: Stored, change: AnyChange, weight: Tensor) -> WholeChange:
@@ -220,7 +236,8 @@ def _turn_inputs(turn: Tensor, weight: Tensor) -> Tensor:
 def _cayley(skew: Tensor) -> Tensor:
     """Return (I - S)(I + S)⁻¹."""
     eye = torch.eye(skew.shape[-1], dtype=skew.dtype).expand_as(skew)
-    return torch.linalg.solve(eye + skew, eye - skew, left=False)
+    turned: Tensor = torch.linalg.solve(eye + skew, eye - skew, left=False)
+    return turned
 
 
 def peft_rotation(numbers: Tensor) -> Tensor:
@@ -247,5 +264,6 @@ def peft_butterfly(blocks: Tensor) -> Tensor:
         order = BOFTLayer.block_butterfly_perm(None, inputs, num // 2**stage, size // 2, stages - 1)
         place = torch.eye(inputs, dtype=blocks.dtype)[order]
         skew = 0.5 * (blocks[stage] - blocks[stage].transpose(1, 2))
-        turn = place @ torch.block_diag(*_cayley(skew)) @ place.T @ turn
+        blocks_in_a_row = torch.block_diag(*_cayley(skew))  # type: ignore[no-untyped-call]
+        turn = place @ blocks_in_a_row @ place.T @ turn
     return turn

@@ -11,78 +11,54 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorasmith.engine.errors import BaseModelError
+from lorasmith.engine.inspect_file import names as spelled
+from lorasmith.engine.inspect_file.bases import guess_base
 from lorasmith.engine.safetensors_header import read_values
 from lorasmith.engine.sources import TensorInfo, read_header
 
 HEADER_LIMIT = 1 << 20
 """ComfyUI shows no metadata of files with longer headers."""
 _PRECISIONS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64"}
-_PAIRS = (
-    ("kohya", ".lora_down.weight", ".lora_up.weight"),
-    ("diffusers", ".lora_A.weight", ".lora_B.weight"),
-    ("peft", ".lora_A.default.weight", ".lora_B.default.weight"),
-    ("old diffusers", ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
-    ("old diffusers", ".lora.down.weight", ".lora.up.weight"),
-    ("old diffusers", "_lora.down.weight", "_lora.up.weight"),
-)
-_OTHER_KINDS = {
-    ".hada_w1_a": "LoHa",
-    ".lokr_w1": "LoKr",
-    ".lokr_w1_a": "LoKr",
-    ".dora_scale": "DoRA",
-    ".lora_magnitude_vector": "DoRA",
-    ".oft_blocks": "OFT",
+_KINDS = {
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "loha": "LoHa",
+    "lokr": "LoKr",
+    "oft": "OFT",
+    "boft": "BOFT",
+    "diff": "whole difference",
 }
-_COMPONENTS = (
-    (r"lora_te1?_|text_encoder\.|text_encoders\.clip_l\.", "text_encoder"),
-    (r"lora_te2_|text_encoder_2\.|text_encoders\.clip_g\.", "text_encoder_2"),
-    (r"lora_te3_|text_encoder_3\.|text_encoders\.t5xxl\.", "text_encoder_3"),
-    (r"lora_unet_|unet\.|transformer\.|diffusion_model\.|lora_transformer_|lycoris_", "denoiser"),
-)
-_UNET_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
-"""Width of the text embedding that cross-attention reads."""
-_STATED = (
-    (r"stable-diffusion-xl|sdxl", "SDXL"),
-    (r"stable-diffusion-3|\bsd3", "Stable Diffusion 3"),
-    (r"stable-diffusion-v2|sd_v2", "Stable Diffusion 2.x"),
-    (r"stable-diffusion-v1|sd_v1", "Stable Diffusion 1.x"),
-    (r"flux-?2", "FLUX.2"),
-    (r"flux", "FLUX.1"),
-    (r"qwen", "Qwen-Image"),
-    (r"z-?image", "Z-Image"),
-)
-_KEY_SIGNS = (
-    (r"(double_blocks|single_transformer_blocks)[._]\d+.*(to_qkv_mlp_proj|linear_in)", "FLUX.2"),
-    (r"(double_blocks|single_blocks|single_transformer_blocks)[._]", "FLUX"),
-    (r"joint_blocks[._]", "Stable Diffusion 3"),
-    (r"(transformer_blocks|blocks)[._]\d+[._](img_mlp|img_mod|txt_mlp|txt_mod)", "Qwen-Image"),
-    (r"layers[._]\d+[._](attention|feed_forward)", "Z-Image"),
-)
 
 
 @dataclass(frozen=True)
 class LoraModule:
-    """One adapted layer: its name in the file, component, shapes, and its alpha where the file has one."""
+    """One adapted layer: its name in the file, component, kind, sizes, and its alpha where the file has one.
+
+    `keys` are its tensors' by role. `rank`, `inputs` and `outputs` are 0 where there is none, or they are not told.
+    """
 
     name: str
     component: str
     layout: str
+    kind: str
     rank: int
     inputs: int
     outputs: int
     convolution: bool
     alpha: float | None
+    keys: Mapping[str, str]
 
     @property
     def strength(self) -> float:
-        """The factor that readers apply."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
+        """The factor that readers apply; alpha counts for nothing where there is no rank, and is a limit in OFT."""
+        rotates = self.kind in ("oft", "boft")
+        return 1.0 if self.alpha is None or not self.rank or rotates else self.alpha / self.rank
 
 
 @dataclass(frozen=True)
@@ -138,83 +114,76 @@ def inspect_lora(path: Path, *, with_norms: bool = False) -> LoraReport:
     Raises BaseModelError where it is no safetensors file or holds no LoRA.
     """
     tensors, metadata = read_header(path)
-    modules = _modules(path, tensors)
-    kinds = sorted({kind for key in tensors for suffix, kind in _OTHER_KINDS.items() if key.endswith(suffix)})
-    if not modules and not kinds:
+    modules, rest = _modules(path, tensors)
+    if not modules:
         raise BaseModelError(
             f"{path.name} is no LoRA file.",
             why=f"None of its {len(tensors)} tensors has the name of a LoRA weight.",
             fix="Give the LoRA's own .safetensors file.",
         )
-    base, source = _guess_base(modules, tensors, metadata)
+    base, source = guess_base(modules, metadata)
     norms = _norms(path, modules) if with_norms else None
     layouts = sorted({module.layout for module in modules})
     formats = Counter(info.dtype for info in tensors.values() if math.prod(info.shape) > 1)
     return LoraReport(
         name=path.name,
         bytes=path.stat().st_size,
-        layout="mixed" if len(layouts) > 1 else (layouts or ["LyCORIS"])[0],
-        kind=" and ".join(kinds) or ("LoCon" if any(_is_locon(module) for module in modules) else "LoRA"),
+        layout="mixed" if len(layouts) > 1 else layouts[0],
+        kind=_kinds(modules),
         base=base,
         base_source=source,
         precision=" and ".join(_PRECISIONS.get(dtype, dtype) for dtype in sorted(formats)),
         keys=len(tensors),
         parameters=sum(math.prod(info.shape) for key, info in tensors.items() if not key.endswith(".alpha")),
         components=dict(Counter(module.component for module in modules)),
-        ranks=_tally(str(module.rank) for module in modules),
+        ranks=_tally(str(module.rank) if module.rank else "none" for module in modules),
         alphas=_tally("none (strength 1)" if m.alpha is None else f"{m.alpha:g}" for m in modules),
         trigger=_trigger(metadata),
         title=metadata.get("modelspec.title") or metadata.get("ss_output_name", ""),
         metadata=metadata,
-        warnings=tuple(_warnings(path, tensors, metadata, modules, kinds) + _norm_warnings(norms)),
+        warnings=tuple(_warnings(path, metadata, modules, rest) + _norm_warnings(norms)),
         norms=norms,
     )
 
 
-def _modules(path: Path, tensors: Mapping[str, TensorInfo]) -> list[LoraModule]:
+def _modules(path: Path, tensors: Mapping[str, TensorInfo]) -> tuple[list[LoraModule], list[str]]:
+    """Return the modules of which all tensors are there, and the keys that belong to none."""
     modules = []
-    for key, info in tensors.items():
-        pair = next(((layout, down, up) for layout, down, up in _PAIRS if key.endswith(down)), None)
-        if pair is None:
+    groups, layouts, rest = spelled.group_keys(tensors)
+    for name, keys in groups.items():
+        shapes = {role: tuple(tensors[key].shape) for role, key in keys.items()}
+        kind = spelled.kind_of(shapes)
+        if not kind or any(len(shape) < 2 for role, shape in shapes.items() if role in (spelled.DOWN, spelled.UP)):
+            rest += keys.values()
             continue
-        name = key.removesuffix(pair[1])
-        up = tensors.get(name + pair[2])
-        if up is None or len(info.shape) < 2 or len(up.shape) < 2:
-            continue
-        alpha = read_values(path, f"{name}.alpha")[0] if f"{name}.alpha" in tensors else None
-        convolution = len(info.shape) == 4
-        inputs = math.prod(info.shape[1:])
+        if kind == "oft" and len(shapes.get("oft_blocks", ())) == 4:
+            kind = "boft"
+        alpha = read_values(path, keys[spelled.ALPHA])[0] if spelled.ALPHA in keys else None
+        outputs, inputs = spelled.weight_size(shapes)
         modules.append(
-            LoraModule(name, _component(name), pair[0], info.shape[0], inputs, up.shape[0], convolution, alpha)
+            LoraModule(
+                name=name,
+                component=spelled.split_name(name, unknown="unknown")[0],
+                layout=layouts[name] or "LyCORIS",
+                kind=kind,
+                rank=spelled.rank_of(shapes),
+                inputs=inputs,
+                outputs=outputs,
+                convolution=any(len(shape) == 4 for role, shape in shapes.items() if role != "oft_blocks"),
+                alpha=alpha,
+                keys=keys,
+            )
         )
-    return modules
+    return modules, rest
 
 
-def _component(name: str) -> str:
-    return next((component for sign, component in _COMPONENTS if re.match(sign, name)), "unknown")
-
-
-def _is_locon(module: LoraModule) -> bool:
-    # proj_in and proj_out are 1x1 convolutions that plain LoRAs of SD 1.x adapt too.
-    return module.convolution and not re.search(r"proj_(in|out)$", module.name)
-
-
-def _guess_base(
-    modules: list[LoraModule], tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
-) -> tuple[str, str]:
-    for module in modules:
-        if re.search(r"attn2[._]to_[kv]$", module.name) and module.component == "denoiser":
-            label = _UNET_WIDTHS.get(module.inputs)
-            return (label, "by its shapes") if label else (f"a UNet with text width {module.inputs}", "by its shapes")
-    for key in ("modelspec.architecture", "ss_base_model_version"):
-        stated = metadata.get(key, "").lower()
-        label = next((label for sign, label in _STATED if stated and re.search(sign, stated)), "")
-        if label:
-            return label, f"as {key} says"
-    for sign, label in _KEY_SIGNS:
-        if any(re.search(sign, key) for key in tensors):
-            return label, "by its keys"
-    return "unknown", "no sign of any"
+def _kinds(modules: list[LoraModule]) -> str:
+    kinds = sorted({_KINDS[module.kind] for module in modules} - {"LoRA"})
+    if not kinds:
+        # proj_in and proj_out are 1x1 convolutions that plain LoRAs of SD 1.x adapt too.
+        locon = any(module.convolution and not re.search(r"proj_(in|out)$", module.name) for module in modules)
+        return "LoCon" if locon else "LoRA"
+    return " and ".join(kinds)
 
 
 def _trigger(metadata: Mapping[str, str]) -> str:
@@ -224,35 +193,53 @@ def _trigger(metadata: Mapping[str, str]) -> str:
     return ""
 
 
-def _warnings(
-    path: Path,
-    tensors: Mapping[str, TensorInfo],
-    metadata: Mapping[str, str],
-    modules: list[LoraModule],
-    kinds: list[str],
-) -> list[str]:
+def _warnings(path: Path, metadata: Mapping[str, str], modules: list[LoraModule], rest: Sequence[str]) -> list[str]:
     found = []
     if len({module.layout for module in modules}) > 1:
         found.append("The file mixes key layouts; most programs load only one of them.")
-    without = [module for module in modules if module.alpha is None]
-    if without and len(without) < len(modules):
-        found.append(f"{len(without)} of {len(modules)} modules have no alpha, the others have: strengths differ.")
-    elif without and any(module.layout == "kohya" for module in modules):
-        found.append(
-            "There are no .alpha tensors, so every program loads it at strength 1; check that alpha was the rank."
-        )
-    if "diffusers" in {module.layout for module in modules} and len(without) < len(modules):
-        found.append("It has .alpha beside lora_A and lora_B, which diffusers refuses for most base models.")
-    found += _header_alpha_warning(metadata, bool(without))
+    found += _alpha_warnings(metadata, modules)
     odd = [module for module in modules if not 1 / 64 <= module.strength <= 4]
     if odd:
         found.append(f"{len(odd)} modules have an unusual strength, e.g. {odd[0].name}: {odd[0].strength:g}.")
-    if not kinds:
-        found += _leftover_warning(tensors, modules)
+    if rest:
+        found.append(f"{len(rest)} keys belong to no complete module, e.g. {sorted(rest)[0]}.")
+    found += [words for sign, words in _TRAPS if any(sign(module) for module in modules)]
     with path.open("rb") as file:
         if int.from_bytes(file.read(8), "little") > HEADER_LIMIT:
             found.append("The header is over 1 MiB, so ComfyUI shows none of its metadata.")
     return found
+
+
+def _alpha_warnings(metadata: Mapping[str, str], modules: list[LoraModule]) -> list[str]:
+    found = []
+    products = [module for module in modules if module.kind in ("lora", "dora")]
+    without = [module for module in products if module.alpha is None]
+    if without and len(without) < len(products):
+        found.append(f"{len(without)} of {len(products)} modules have no alpha, the others have: strengths differ.")
+    elif without and any(module.layout == "kohya" for module in products):
+        found.append(
+            "There are no .alpha tensors, so every program loads it at strength 1; check that alpha was the rank."
+        )
+    if "diffusers" in {module.layout for module in products} and len(without) < len(products):
+        found.append("It has .alpha beside lora_A and lora_B, which diffusers refuses for most base models.")
+    return found + _header_alpha_warning(metadata, bool(without))
+
+
+_TRAPS: tuple[tuple[Callable[[LoraModule], bool], str], ...] = (
+    (
+        lambda module: spelled.DORA_SCALE in module.keys,
+        "Its DoRA lengths are dora_scale, which ComfyUI and Forge read; diffusers drops them for most base models.",
+    ),
+    (
+        lambda module: spelled.MAGNITUDE in module.keys,
+        "Its DoRA lengths are lora_magnitude_vector, which only diffusers and peft read.",
+    ),
+    (
+        lambda module: "oft_R.weight" in module.keys or "boft_R" in module.keys,
+        "Its rotations have peft's names, which no program for pictures reads.",
+    ),
+)
+"""What a file has that some programs do not read; see `engine.compatibility`."""
 
 
 def _header_alpha_warning(metadata: Mapping[str, str], no_alpha: bool) -> list[str]:
@@ -268,29 +255,21 @@ def _header_alpha_warning(metadata: Mapping[str, str], no_alpha: bool) -> list[s
     return []
 
 
-def _leftover_warning(tensors: Mapping[str, TensorInfo], modules: list[LoraModule]) -> list[str]:
-    suffixes = {layout: (down, up) for layout, down, up in _PAIRS}
-    used = {module.name + suffix for module in modules for suffix in suffixes[module.layout]}
-    used |= {module.name + suffix for module in modules for _, down, up in _PAIRS for suffix in (down, up, ".alpha")}
-    left_over = sorted(set(tensors) - used)
-    return [f"{len(left_over)} keys belong to no complete module, e.g. {left_over[0]}."] if left_over else []
-
-
 def _norms(path: Path, modules: list[LoraModule]) -> dict[str, float]:
-    """Return the Frobenius norm of each module's weight change without building it: ‖UD‖² = tr(UᵀU · DDᵀ)."""
+    """Return the Frobenius norm of each LoRA module's weight change without building it: ‖UD‖² = tr(UᵀU · DDᵀ).
+
+    Other kinds are left out: most of their changes depend on the base model's weight.
+    """
     import torch
     from safetensors import safe_open
 
-    suffixes = {layout: [] for layout, *_ in _PAIRS}  # type: dict[str, list[tuple[str, str]]]
-    for layout, down, up in _PAIRS:
-        suffixes[layout].append((down, up))
     norms = {}
     with safe_open(path, "pt") as file:
-        keys = set(file.keys())
         for module in modules:
-            down_suffix, up_suffix = next(p for p in suffixes[module.layout] if module.name + p[0] in keys)
-            down = file.get_tensor(module.name + down_suffix).double().flatten(1)
-            up = file.get_tensor(module.name + up_suffix).double().flatten(1)
+            if module.kind != "lora" or spelled.MID in module.keys:
+                continue
+            down = file.get_tensor(module.keys[spelled.DOWN]).double().flatten(1)
+            up = file.get_tensor(module.keys[spelled.UP]).double().flatten(1)
             square = torch.sum((up.T @ up) * (down @ down.T))
             # Rounding can make a zero slightly negative; NaN must stay NaN.
             norms[module.name] = module.strength * math.sqrt(

@@ -7,8 +7,9 @@ save_and_load.py.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 DOWN, UP, MID, ALPHA = "down", "up", "mid", "alpha"
 DORA_SCALE, MAGNITUDE = "dora_scale", "magnitude"
@@ -102,12 +103,62 @@ def kind_of(roles: Iterable[str]) -> str:
     return "dora" if kind and have & {DORA_SCALE, MAGNITUDE} else kind
 
 
-def split_name(name: str) -> tuple[str, str]:
+def split_name(name: str, unknown: str = "denoiser") -> tuple[str, str]:
     """Return (component, rest) of a layer's name, e.g. `lora_te2_x` gives (`text_encoder_2`, `x`).
 
-    A name with none of the known beginnings is the denoiser's, as some trainers write it.
+    A name with none of the known beginnings is mostly the denoiser's, as some trainers write it.
     """
     for sign, component in _PREFIXES:
         if found := re.match(sign, name):
             return component, name[found.end() :]
-    return "denoiser", name
+    return unknown, name
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes of the tensors of one layer by role."""
+
+
+def weight_size(shapes: Shapes) -> tuple[int, int]:
+    """Return rows and columns of the weight that is changed, a kernel's places counted as columns; 0: not told."""
+    if DOWN in shapes:
+        middle = shapes.get(MID, (1, 1))
+        return shapes[UP][0], math.prod(shapes[DOWN][1:]) * math.prod(middle[2:])
+    if "hada_t1" in shapes:
+        return shapes["hada_w1_a"][1], shapes["hada_w1_b"][1] * math.prod(shapes["hada_t1"][2:])
+    if "hada_w1_a" in shapes:
+        return shapes["hada_w1_a"][0], shapes["hada_w1_b"][1]
+    if "diff" in shapes:
+        return shapes["diff"][0], math.prod(shapes["diff"][1:])
+    if {"lokr_w1", "lokr_w1_a"} & set(shapes):
+        return _kronecker_size(shapes)
+    if "oft_blocks" in shapes:
+        return shapes["oft_blocks"][-3] * shapes["oft_blocks"][-1], 0
+    return (shapes["boft_s"][0], math.prod(shapes["boft_R"][1:3])) if "boft_R" in shapes else (0, 0)
+
+
+def rank_of(shapes: Shapes) -> int:
+    """Return the rank, or the size of a rotated block; 0 for kinds that have none."""
+    for role, axis in (
+        (DOWN, 0),
+        ("hada_w1_b", 0),
+        ("lokr_w2_b", 0),
+        ("lokr_w1_b", 0),
+        ("oft_blocks", -1),
+        ("boft_R", -1),
+    ):
+        if role in shapes:
+            return shapes[role][axis]
+    if "oft_R.weight" in shapes:
+        return round((1 + math.sqrt(1 + 8 * shapes["oft_R.weight"][1])) / 2)
+    return 0
+
+
+def _kronecker_size(shapes: Shapes) -> tuple[int, int]:
+    first = shapes["lokr_w1"] if "lokr_w1" in shapes else (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
+    if "lokr_w2" in shapes:
+        second = (shapes["lokr_w2"][0], math.prod(shapes["lokr_w2"][1:]))
+    elif "lokr_t2" in shapes:
+        second = (shapes["lokr_w2_a"][1], shapes["lokr_w2_b"][1] * math.prod(shapes["lokr_t2"][2:]))
+    else:
+        second = (shapes["lokr_w2_a"][0], shapes["lokr_w2_b"][1])
+    return first[0] * second[0], first[1] * second[1]

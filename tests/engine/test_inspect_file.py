@@ -107,7 +107,8 @@ def test_mixed_layouts_odd_strengths_and_left_over_keys_are_warnings(tmp_path: P
 
 
 def test_other_kinds_of_adapters_are_named(tmp_path: Path) -> None:
-    tensors = {f"{TO_Q}.hada_w1_a": torch.ones(4, 4), f"{TO_Q}.alpha": torch.tensor(1.0)}
+    tensors = {f"{TO_Q}.hada_w{part}": torch.ones(4, 4) for part in ("1_a", "1_b", "2_a", "2_b")}
+    tensors[f"{TO_Q}.alpha"] = torch.tensor(1.0)
     report = inspect_lora(write(tmp_path / "x.safetensors", tensors))
     assert (report.layout, report.kind) == ("LyCORIS", "LoHa")
 
