@@ -115,10 +115,11 @@ def download_files(
     choose: Callable[[list[str]], list[str]],
     is_complete: Callable[[Path], bool],
     on_progress: OnProgress | None = None,
+    setting: str = "the captioner's model",
 ) -> Path:
-    """Download the files of a captioner's repository that `choose` picks by name, and return their folder.
+    """Download the files of a repository that `choose` picks by name, and return their folder.
 
-    Without a network a cached copy is used if `is_complete` says so. Raises as `download_base`.
+    `setting` is what the user calls it. Without a network a cached copy is used if `is_complete` says so. Raises as `download_base`.
     """
     from huggingface_hub import HfApi, snapshot_download
 
@@ -136,7 +137,7 @@ def download_files(
             return None
         return folder if is_complete(folder) else None
 
-    return _reach(_Wanted(repo, revision, "the captioner's model"), download, cached)
+    return _reach(_Wanted(repo, revision, setting), download, cached)
 
 
 @dataclass(frozen=True)
