@@ -19,6 +19,8 @@ def describe_event(event: events.Event) -> str:
         case events.DatasetReady():
             regular = f" ({event.regularization} of them for regularization)" if event.regularization else ""
             return f"{event.images} pictures{regular}, {event.refused} refused"
+        case events.Validated():
+            return f"Validation at step {event.step}: loss {event.mean:.4f} on {event.pictures} held-out pictures"
         case events.CheckpointSaved():
             return f"Checkpoint of step {event.step} saved in {event.seconds:.1f} s: {_in_run(event.path)}"
         case events.PreviewReady():

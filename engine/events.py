@@ -105,6 +105,24 @@ class StepsDone(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Validated(Event):
+    """The loss on the `pictures` held-out pictures after `step`: `losses[i]` is their mean at noise level `levels[i]`.
+
+    Levels are 0 (no noise) to 1; noise and levels are the same each time.
+    """
+
+    step: int
+    levels: list[float]
+    losses: list[float]
+    pictures: int
+
+    @property
+    def mean(self) -> float:
+        """The mean over all levels."""
+        return sum(self.losses) / len(self.losses)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointSaved(Event):
     """A resumable checkpoint was written and verified."""
 

@@ -1,4 +1,4 @@
-"""The end of a training: the last checkpoint, the last previews, the sheet of them all, and the proved export."""
+"""The end of a training: the last checkpoint, validation and previews, the sheet of them all, and the proved export."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lorasmith.engine.previews import draw_previews
 from lorasmith.engine.run_setup import preview_conditionings
 from lorasmith.engine.saving import Saver, require_finite_weights, wait_for_disk
 from lorasmith.engine.training_parts import TrainingParts
+from lorasmith.engine.validation import validate
 
 EXPORT_TRIES = 2
 
@@ -43,6 +44,7 @@ def finish(parts: TrainingParts, saver: Saver) -> None:
     """
     parts.emit(StageChanged(stage="finish", label="Saving and exporting"))
     unsaved = saver.save_at_end()
+    validate(parts)
     if parts.config.previews.every:
         draw(parts)
     _build_sheet(parts)

@@ -24,8 +24,9 @@ from lorasmith.engine.draws import draw_key
 from lorasmith.engine.ema import WeightAverage
 from lorasmith.engine.errors import ConfigError
 from lorasmith.engine.families import Conditioning, Family
+from lorasmith.engine.holdout import HeldOut
 from lorasmith.engine.lr_schedules import lr_factor
-from lorasmith.engine.objectives import NoisyBatch, Objective, build_objective
+from lorasmith.engine.objectives import NoisyBatch, Objective, build_objective, tell_family
 from lorasmith.engine.objectives.preservation import chosen_pictures, preservation_loss
 from lorasmith.engine.optimizers import (
     SCHEDULE_FREE,
@@ -62,6 +63,8 @@ class Learner:
     scaler: torch.amp.GradScaler | None
     average: WeightAverage | ScheduleFreeAverage | None = None
     fused: FusedBackward | None = None
+    held_out: HeldOut | None = None
+    """The pictures to validate on, encoded; None where the run does not validate."""
     memory: dict[str, Any] = field(default_factory=dict)
     pictures_at_once: int = 0
     """Pictures of a micro-batch that take memory together; 0: all of it."""
@@ -252,7 +255,7 @@ def build_learner(
     config: RunConfig,
 ) -> Learner:
     """Put together the objective, optimizer and scaler that `config` asks for; dropout is switched on."""
-    family.guidance = config.objective.guidance
+    tell_family(family, config.objective)
     if config.train.gradient_checkpointing:
         enable_checkpointing(family, config)
     adapter.train()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -27,8 +27,10 @@ from lorasmith.engine.disk_plan import DiskPlan, existing_checkpoints, plan_disk
 from lorasmith.engine.encoding import Encoder, report_progress
 from lorasmith.engine.end_notice import missing_program
 from lorasmith.engine.errors import ConfigError
+from lorasmith.engine.event_words import some_names
 from lorasmith.engine.events import DatasetReady, Event, Logged, RunStarted, StageChanged
 from lorasmith.engine.families import BaseIdentity, Conditioning, Family, FamilyModule, identify_base
+from lorasmith.engine.holdout import HeldOut, plan_held_out, require_pictures, split
 from lorasmith.engine.learner import Learner, build_learner
 from lorasmith.engine.memory import weights_bytes
 from lorasmith.engine.out_of_memory import FREE_CACHE, Rung, Rungs
@@ -58,6 +60,8 @@ class Material:
     plan: BucketPlan
     prompts: list[str]
     """Preview prompts."""
+    held_out: HeldOut = field(default_factory=HeldOut)
+    """The pictures to validate on, which `dataset` and `plan` are without."""
 
 
 def announce(
@@ -147,6 +151,10 @@ def read_dataset(config: RunConfig, pixel_multiple: int, emit: Callable[[Event],
         emit(Logged(severity="warning", message=note))
     for refusal in dataset.refused:
         emit(Logged(severity="warning", message=f"Left out {refusal.relative}: {refusal.reason}"))
+    dataset, held_out = split(dataset, config)
+    require_pictures(held_out, config)
+    if held_out:
+        emit(Logged(severity="info", message=f"Held out for validation: {some_names([i.relative for i in held_out])}."))
     plan = plan_buckets(dataset.items, config.dataset, pixel_multiple, config.run.seed)
     emit(
         DatasetReady(
@@ -157,7 +165,10 @@ def read_dataset(config: RunConfig, pixel_multiple: int, emit: Callable[[Event],
             steps_per_epoch=plan.steps_per_epoch(config.train.batch_size, config.train.gradient_accumulation),
         )
     )
-    return Material(dataset, plan, preview_prompts(config, first_caption(dataset, config.captions)))
+    prompts = preview_prompts(config, first_caption(dataset, config.captions))
+    return Material(
+        dataset, plan, prompts, plan_held_out(held_out, config, pixel_multiple, first_index=len(plan.samples))
+    )
 
 
 def first_caption(dataset: Dataset, settings: CaptionSettings) -> str:
@@ -185,13 +196,18 @@ def build_training(
     The cache leaves `reserved_bytes` of its disk to the run.
     """
     emit(StageChanged(stage="cache", label="Encoding pictures and captions"))
-    encoder = Encoder(config, files, family, material.plan, emit, should_stop, rungs or Rungs(emit), reserved_bytes)
-    encoded = encoder.encode([*material.prompts, config.previews.negative_prompt])
+    held = material.held_out
+    encoder = Encoder(config, files, family, material.plan, emit, should_stop, rungs or Rungs(emit))
+    encoder.held_out, encoder.reserved_bytes = held.samples, reserved_bytes
+    encoded = encoder.encode([*material.prompts, config.previews.negative_prompt, *held.prompts])
     if encoded is None:
         return None
     family.release_encoders(keep_text=encoded.conditionings is None)
     loader = Loader(material.plan, encoded.pictures.latents, config, encoded.pictures.masks)
-    return build_learner(family, adapter, loader, encoded.conditionings, config)
+    learner = build_learner(family, adapter, loader, encoded.conditionings, config)
+    if held.samples:
+        learner.held_out = dataclasses.replace(held, latents=encoded.pictures.latents, masks=encoded.pictures.masks)
+    return learner
 
 
 def remove_leftovers(run: RunPaths) -> None:

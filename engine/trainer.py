@@ -2,7 +2,7 @@
 
 `train` is the whole story; each stage is one call. The loop never asks the device for a number except once every
 `train.log_every` steps, and looks for commands only between steps. What is written is always written in the same order:
-save → verify → prune → preview.
+save → verify → prune → validate → preview.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from lorasmith.engine.run_setup import (
 from lorasmith.engine.saving import Saver
 from lorasmith.engine.step_meter import NotFiniteError
 from lorasmith.engine.training_parts import TrainingParts
+from lorasmith.engine.validation import validate
 from lorasmith.engine.waiting import wait
 
 YIELD_SECONDS = 50e-6
@@ -116,6 +117,9 @@ class Training:
         parts, controls, meter = self.parts, self.parts.controls, self.parts.meter
         total, log_every = parts.config.train.steps, parts.config.train.log_every
         parts.emit(StageChanged(stage="train", label="Training"))
+        if self._validation_due():
+            # The base model alone at the beginning; in a resumed run, what a stop or crash may have left out.
+            validate(parts)
         meter.start()
         while controls.step < total:
             meter.add(*self.ladder.run_step(controls.step))
@@ -134,22 +138,29 @@ class Training:
         return True
 
     def between_steps(self) -> None:
-        """Save, draw and wait as planned and as asked."""
+        """Save, validate, draw and wait as planned and as asked."""
         parts, controls = self.parts, self.parts.controls
         controls.poll()
         last = controls.step == parts.config.train.steps
         save = self._due(parts.config.checkpoints.every, Command.SAVE_NOW) and not last
         preview = self._due(parts.config.previews.every, Command.PREVIEW_NOW) and not last
-        if not (save or preview or controls.paused or Command.PARK in controls.wanted):
+        validation = self._validation_due() and not last
+        if not (save or validation or preview or controls.paused or Command.PARK in controls.wanted):
             if self.saver.save_refused():
                 parts.meter.start()
             return
         if save:
             self.saver.save()
+        if validation:
+            validate(parts)
         if preview and Command.STOP not in controls.wanted:
             draw(parts)
         wait(parts, self.saver)
         parts.meter.start()
+
+    def _validation_due(self) -> bool:
+        every = self.parts.config.validation.every
+        return every > 0 and self.parts.step % every == 0
 
     def _due(self, every: int, command: Command) -> bool:
         controls = self.parts.controls

@@ -38,6 +38,7 @@ class GlyphSet:
     separator: str
     ellipsis: str
     cross: str
+    diamond: str
     half_blocks: bool
 
     def draw(self, dots: Dots) -> list[str]:
@@ -54,10 +55,24 @@ class GlyphSet:
 
 
 BRAILLE = GlyphSet(
-    "braille", 4, 2, " " + "".join(map(chr, range(0x2801, 0x2900))), "━", "─", "│", "└", "─", "┴", "·", "…", "×", True
+    "braille",
+    4,
+    2,
+    " " + "".join(map(chr, range(0x2801, 0x2900))),
+    "━",
+    "─",
+    "│",
+    "└",
+    "─",
+    "┴",
+    "·",
+    "…",
+    "×",
+    "◆",
+    True,
 )
-BLOCK = GlyphSet("block", 2, 1, " ▀▄█", "█", "░", "│", "└", "─", "┴", "·", "…", "×", True)
-ASCII = GlyphSet("ascii", 2, 1, " '.:", "#", "-", "|", "+", "-", "+", "-", "~", "x", False)
+BLOCK = GlyphSet("block", 2, 1, " ▀▄█", "█", "░", "│", "└", "─", "┴", "·", "…", "×", "■", True)
+ASCII = GlyphSet("ascii", 2, 1, " '.:", "#", "-", "|", "+", "-", "+", "-", "~", "x", "o", False)
 
 
 def detect_glyphs(environ: Mapping[str, str] | None = None, encoding: str | None = None) -> GlyphSet:

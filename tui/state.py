@@ -64,6 +64,8 @@ class RunState:
     logs: tuple[LogLine, ...] = ()
     previews: tuple[events.PreviewReady, ...] = ()
     checkpoints: tuple[events.CheckpointSaved, ...] = ()
+    validations: tuple[events.Validated, ...] = ()
+    """In the order of their steps, the first of the base model alone where the run began with one."""
     exports: tuple[events.ExportDone, ...] = ()
     paused: bool = False
     pause_reason: str = ""
@@ -157,6 +159,7 @@ def _started(state: RunState, event: events.RunStarted) -> Changes:
         "paced_steps": 0,
         "previews": tuple(item for item in state.previews if item.step <= event.resumed_from),
         "checkpoints": tuple(item for item in state.checkpoints if item.step <= event.resumed_from),
+        "validations": tuple(item for item in state.validations if item.step <= event.resumed_from),
         "exports": tuple(item for item in state.exports if item.step <= event.resumed_from),
         "not_finite": tuple(item for item in state.not_finite if item.step <= event.resumed_from),
         "memory_reduced": tuple(item for item in state.memory_reduced if item.step <= event.resumed_from),
@@ -207,6 +210,11 @@ def _hardware(state: RunState, event: events.HardwareSampled) -> Changes:
 @_on(events.PreviewReady)
 def _preview(state: RunState, event: events.PreviewReady) -> Changes:
     return {"previews": (*(item for item in state.previews if item.path != event.path), event)}
+
+
+@_on(events.Validated)
+def _validated(state: RunState, event: events.Validated) -> Changes:
+    return {"validations": (*(item for item in state.validations if item.step < event.step), event)}
 
 
 @_on(events.CheckpointSaved)
@@ -261,7 +269,11 @@ def _memory_reduced(state: RunState, event: events.MemoryReduced) -> Changes:
 
 @_on(events.RolledBack)
 def _rolled_back(state: RunState, event: events.RolledBack) -> Changes:
-    return {"step": event.step, "losses": state.losses.cut(event.step)}
+    return {
+        "step": event.step,
+        "losses": state.losses.cut(event.step),
+        "validations": tuple(item for item in state.validations if item.step <= event.step),
+    }
 
 
 @_on(events.CommandReceived)

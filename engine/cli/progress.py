@@ -162,6 +162,11 @@ class RunPrinter:
 
 def _rare_line(event: events.Event) -> str:
     match event:
+        case events.Validated():
+            levels = ", ".join(
+                f"{level:.0%} {loss:.4f}" for level, loss in zip(event.levels, event.losses, strict=True)
+            )
+            return f"  validation at step {event.step}: loss {event.mean:.4f}; by noise: {levels}"
         case events.CheckpointSaved():
             return f"  checkpoint of step {event.step}: {event.path} ({size(event.bytes)}, {event.seconds:.1f} s)"
         case events.PreviewReady():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 
 import numpy as np
 import pytest
 
+from lorasmith.engine.events import Validated
 from lorasmith.tui.glyphs import ASCII, BLOCK, BRAILLE, GlyphSet, detect_glyphs
 from lorasmith.tui.state import Curve
+from lorasmith.tui.widgets.levels import level_rows, level_title
 from lorasmith.tui.widgets.plot import (
+    Marks,
     PlotView,
     Row,
     Smoother,
@@ -192,7 +196,7 @@ def test_the_glyphs_are_those_that_the_terminal_has(environ: dict[str, str], enc
 def test_steps_that_were_not_finite_are_crossed_on_the_axis_where_they_are(glyphs: GlyphSet) -> None:
     curve, view = Curve([1.0] * 100), PlotView(smoothing=0.0, glyphs=glyphs)
     plain = text_of(draw_plot(curve, curve.values, 60, 12, view))
-    rows = draw_plot(curve, curve.values, 60, 12, view, marked=[1, 100, 50, 50, 300])
+    rows = draw_plot(curve, curve.values, 60, 12, view, Marks([1, 100, 50, 50, 300]))
     axis = text_of(rows)[-2]
     first = plain[-2].index(glyphs.corner) + 1
     middle = first + round(49 / 99 * (59 - first))
@@ -204,5 +208,62 @@ def test_steps_that_were_not_finite_are_crossed_on_the_axis_where_they_are(glyph
 
 def test_only_crosses_in_the_window_are_drawn() -> None:
     curve, view = Curve([1.0] * 1000), PlotView(window=100)
-    rows = draw_plot(curve, curve.values, 60, 12, view, marked=[5, 900, 950])
+    rows = draw_plot(curve, curve.values, 60, 12, view, Marks([5, 900, 950]))
     assert text_of(rows)[-2].count("×") == 1
+
+
+@pytest.mark.parametrize("glyphs", [BRAILLE, BLOCK, ASCII], ids=lambda glyphs: glyphs.name)
+def test_points_lie_over_the_curve_at_their_step_and_height_and_are_never_cut_off(glyphs: GlyphSet) -> None:
+    curve, view = Curve([1.0] * 100), PlotView(smoothing=0.0, glyphs=glyphs)
+    points = [(0, 5.0), (1, 3.0), (100, 1.0), (200, 9.0)]
+    rows = draw_plot(curve, curve.values, 60, 12, view, Marks(points=points))
+    assert [len(line) for line in text_of(rows)] == [60] * 12
+    plot = inside(text_of(rows), glyphs)
+    found = [(y, x) for y, line in enumerate(plot) for x, mark in enumerate(line) if mark == glyphs.diamond]
+    # The first and the last step; step 0 and one that is not trained yet have no place.
+    assert found == [(0, 0), (len(plot) - 1, len(plot[0]) - 1)]
+    assert sum(layer == "point" for row in rows for _, layer in row) == 2
+    last = draw_plot(curve, curve.values, 60, 12, dataclasses.replace(view, window=50), Marks(points=points))
+    assert "".join(text_of(last)).count(glyphs.diamond) == 1
+
+
+def validated(step: int, losses: list[float]) -> Validated:
+    levels = [(index + 0.5) / len(losses) for index in range(len(losses))]
+    return Validated(step=step, levels=levels, losses=losses, pictures=4)
+
+
+def rows_of(validations: list[Validated], width: int = 46, height: int = 8, glyphs: GlyphSet = BRAILLE) -> list[str]:
+    rows = ["".join(text for text, _ in row) for row in level_rows(validations, width, height, glyphs)]
+    assert len(rows) <= height
+    return rows
+
+
+def test_each_noise_level_has_a_bar_a_number_and_its_change_since_the_first() -> None:
+    rows = rows_of([validated(0, [0.2, 0.1]), validated(50, [0.1, 0.11])])
+    assert [len(row) for row in rows] == [46] * 3
+    assert rows[0].split()[0] == "25%"
+    assert rows[0].split()[-2:] == ["0.1", "-50%"]
+    assert rows[1].split()[-2:] == ["0.11", "+10%"]
+    assert rows[2].split()[0] == "mean"
+    assert rows[2].split()[-2:] == ["0.105", "-30%"]
+    assert rows[0].count("━") == pytest.approx(rows[0].count("─"), abs=1)
+
+
+def test_levels_that_find_no_room_are_counted() -> None:
+    rows = rows_of([validated(0, [0.1] * 20)], height=6)
+    assert rows[-2].endswith("and 16 more levels")
+    assert rows[-1].split() == ["mean", *rows[-1].split()[1:-1], "0.1"]
+    assert all(row.isascii() for row in rows_of([validated(0, [0.1] * 20)], height=6, glyphs=ASCII))
+    for height in (1, 2, 3):
+        rows_of([validated(0, [0.1, math.nan, 0.0])], width=20, height=height)
+
+
+def test_losses_that_are_no_numbers_and_other_levels_have_no_change() -> None:
+    rows = rows_of([validated(0, [0.1]), validated(5, [math.nan, 0.1])])
+    assert rows[0].split()[-1] == "-"
+    assert "%" not in rows[1].split()[-1]
+
+
+def test_before_the_first_validation_it_is_said_what_to_set() -> None:
+    assert "validation.every" in rows_of([], width=78)[0]
+    assert len(level_title([])) == 1

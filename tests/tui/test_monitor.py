@@ -254,6 +254,28 @@ async def test_steps_that_were_not_finite_are_marked_on_the_chart_and_counted(tm
         assert "The gradient of step 150 is no number" in text(pilot)
 
 
+@pytest.mark.parametrize("size", SIZES)
+async def test_held_out_losses_are_on_the_curve_and_by_noise_level_at_a_key(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
+    levels = [0.1, 0.3, 0.5, 0.7, 0.9]
+    told = [
+        events.Validated(step=step, levels=levels, losses=[loss] * 5, pictures=4)
+        for step, loss in ((0, 0.08), (100, 0.04))
+    ]
+    async with monitor(HandFedSession(*training(tmp_path), *told), size) as pilot:
+        assert "Loss  ◆ held out 0.04" in text(pilot)
+        assert text(pilot).count("◆") == 2
+        assert "Validation at step 100: loss 0.0400 on 4 held-out pictures" in text(pilot)
+        await pilot.press("n")
+        rows = text(pilot)
+        assert "Held-out loss by noise  step 100" in rows
+        assert all(f"{level:.0%}" in rows for level in levels)
+        assert rows.count("-50%") == 6
+        await pilot.press("n")
+        assert "Loss  ◆ held out 0.04" in text(pilot)
+
+
 async def test_memory_that_was_reduced_is_told_beside_the_numbers(tmp_path: Path) -> None:
     told = events.MemoryReduced(step=200, phase="step", change="gradient checkpointing is on")
     async with monitor(HandFedSession(*training(tmp_path), told), (120, 36)) as pilot:
@@ -476,6 +498,7 @@ async def test_help_lists_the_keys_and_closes_on_any_key(key: str) -> None:
     async with monitor(HandFedSession(*begun())) as pilot:
         await pilot.press(key)
         assert "linear or logarithmic y axis" in text(pilot)
+        assert "n           held-out loss by noise level" in text(pilot)
         assert "ctrl+q      quit; asks while this process trains" in text(pilot)
         await pilot.press("escape")
         assert "linear or logarithmic" not in text(pilot)

@@ -159,6 +159,22 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint() -> None:
     assert (resumed.step, len(resumed.losses), resumed.previews, resumed.ended) == (20, 20, (), None)
 
 
+def test_validations_go_back_with_a_resumed_run_and_a_repeated_one_counts_once() -> None:
+    def validated(step: int, loss: float) -> events.Validated:
+        return events.Validated(step=step, levels=[0.5], losses=[loss], pictures=1)
+
+    state = fold([validated(step, 1.0) for step in (0, 10, 20)])
+    assert [item.step for item in state.validations] == [0, 10, 20]
+    resumed = reduce(
+        state, events.RunStarted(run="cat", total_steps=40, resumed_from=10, config={}, versions={}, device="cpu")
+    )
+    assert [item.step for item in resumed.validations] == [0, 10]
+    again = reduce(resumed, validated(10, 0.5))
+    assert [(item.step, item.mean) for item in again.validations] == [(0, 1.0), (10, 0.5)]
+    back = reduce(state, events.RolledBack(step=15, given_up=20, reason="three steps were not finite"))
+    assert [item.step for item in back.validations] == [0, 10]
+
+
 def test_speed_and_eta_follow_the_newest_steps() -> None:
     state = fold(a_run(20))
     assert state.seconds_per_step == 0.25

@@ -142,7 +142,7 @@ class MonitorScreen(Screen[None]):
         """What is worth a refresh at once."""
         state = self.state
         last_log = state.logs[-1] if state.logs else None
-        return state.stage, state.paused, state.stopping, state.ended, last_log, len(state.previews)
+        return state.stage, state.paused, state.stopping, state.ended, last_log, len(state.previews), state.validations
 
     def _forget_asked(self) -> None:
         if self._asked and say.is_answered(self._asked, self.state, self._asked_after):
@@ -167,7 +167,7 @@ class MonitorScreen(Screen[None]):
 
     def _show_chart(self) -> None:
         if not self.charts_paused:
-            self._chart.show(self.state.losses, self.state.marks)
+            self._chart.show(self.state.losses, self.state.marks, self.state.validations)
 
     def _show_end(self) -> None:
         self._summary_shown = True
@@ -263,6 +263,10 @@ class MonitorScreen(Screen[None]):
     def action_window(self) -> None:
         """Show all steps or the last ones."""
         self._chart.next_window()
+
+    def action_levels(self) -> None:
+        """Show the held-out loss by noise level, or the curve again."""
+        self._chart.toggle_levels()
 
     def action_browse(self, steps: int, prompts: int) -> None:
         """Select another preview."""

@@ -24,6 +24,7 @@ Whatever you look at here, training goes on until you pause or stop.
   l           linear or logarithmic y axis
   [ ]         smooth less, smooth more
   z           all steps, or only the last ones
+  n           held-out loss by noise level, or the curve again
   left right  previews of earlier and later steps
   up down     another prompt; in the log, other lines
   y           copy the path of the LoRA or the preview

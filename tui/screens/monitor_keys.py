@@ -15,6 +15,7 @@ KEYS = (
     Binding("left_square_bracket", "smooth(-1)", "Smooth less", show=False, id="monitor.smooth_less"),
     Binding("right_square_bracket", "smooth(1)", "Smooth more", show=False, id="monitor.smooth_more"),
     Binding("z", "window", "Window", show=False, id="monitor.window"),
+    Binding("n", "levels", "Noise levels", show=False, id="monitor.levels"),
     Binding("left", "browse(-1, 0)", "Earlier preview", show=False, id="monitor.earlier"),
     Binding("right", "browse(1, 0)", "Later preview", show=False, id="monitor.later"),
     Binding("up", "browse(0, -1)", "Previous prompt", show=False, id="monitor.prompt_before"),

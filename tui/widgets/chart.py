@@ -8,20 +8,27 @@ from typing import ClassVar
 from rich.segment import Segment
 from textual.strip import Strip
 
+from lorasmith.engine.events import Validated
 from lorasmith.tui.state import Curve
+from lorasmith.tui.widgets.levels import level_rows, level_title
 from lorasmith.tui.widgets.line import Painted, Part, glyphs
-from lorasmith.tui.widgets.plot import LAYERS, SMOOTHINGS, WINDOWS, PlotView, Smoother, draw_plot, short_number
+from lorasmith.tui.widgets.plot import LAYERS, SMOOTHINGS, WINDOWS, Marks, PlotView, Smoother, draw_plot, short_number
 
 
 class LossChart(Painted, can_focus=True):
-    """One curve over the steps; `show` gives it the newest, and it repaints only if that or the view changed."""
+    """One curve over the steps; `show` gives it the newest, and it repaints only if that or the view changed.
+
+    The mean losses of held-out pictures are diamonds over it; `toggle_levels` shows them by noise level instead.
+    """
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {
         "chart--axis",
         "chart--raw",
         "chart--smooth",
         "chart--mark",
+        "chart--point",
         "painted--smooth",
+        "painted--point",
     }
     DEFAULT_CSS = """
     LossChart {
@@ -30,6 +37,7 @@ class LossChart(Painted, can_focus=True):
         & > .chart--raw { color: $foreground 45%; }
         & > .chart--mark { color: $text-error; text-style: bold; }
         & > .chart--smooth, & > .painted--smooth { color: $accent; text-style: bold; }
+        & > .chart--point, & > .painted--point { color: $text-success; text-style: bold; }
     }
     """
 
@@ -40,14 +48,21 @@ class LossChart(Painted, can_focus=True):
         self.waiting = "The loss appears here after the first steps."
         self._curve = Curve()
         self._marked: tuple[int, ...] = ()
+        self._validations: tuple[Validated, ...] = ()
+        self.by_level = False
         self._smoother = Smoother()
         self._strips: list[Strip] | None = None
 
-    def show(self, curve: Curve, marked: tuple[int, ...] = ()) -> None:
+    def show(self, curve: Curve, marked: tuple[int, ...] = (), validations: tuple[Validated, ...] = ()) -> None:
         """Show `curve`, with a mark on the axis at each of the `marked` steps: those that were not finite."""
-        if curve is not self._curve or marked != self._marked:
-            self._curve, self._marked = curve, marked
+        if curve is not self._curve or marked != self._marked or validations is not self._validations:
+            self._curve, self._marked, self._validations = curve, marked, validations
             self._repaint()
+
+    def toggle_levels(self) -> None:
+        """Show the held-out losses by noise level, or the curve again."""
+        self.by_level = not self.by_level
+        self._repaint()
 
     def change_view(self, **changes: object) -> None:
         """Show the same curve in another way: fields of PlotView."""
@@ -70,7 +85,10 @@ class LossChart(Painted, can_focus=True):
     def title(self) -> list[Part]:
         """Return the row above the plot: what the two curves are and how they are shown."""
         view = self.view
-        parts: list[Part] = [("Loss", "strong"), ("  raw", "dim")]
+        parts: list[Part] = [("Loss", "strong")]
+        if self._validations:
+            parts.append((f"  {view.glyphs.diamond} held out {short_number(self._validations[-1].mean)}", "point"))
+        parts.append(("  raw", "dim"))
         if view.smoothing:
             parts.append((f"  smoothed {view.smoothing:g}", "smooth"))
         scale = "log y" if view.log_y else "linear y"
@@ -92,14 +110,21 @@ class LossChart(Painted, can_focus=True):
         self._strips = None
         self.refresh()
 
+    def _draw_levels(self, width: int, height: int) -> list[Strip]:
+        rows = level_rows(self._validations, width, height - 1, self.view.glyphs)
+        return [self.paint(row, width) for row in (level_title(self._validations), *rows)]
+
     def _draw(self, width: int, height: int) -> list[Strip]:
+        if self.by_level:
+            return self._draw_levels(width, height)
         strips = [self.paint(self.title(), width)]
         if not len(self._curve):
             blank = Strip.blank(width, self.rich_style)
             middle = self.paint([(f"{self.waiting:^{width}}", "dim")], width)
             return strips + [middle if y == height // 2 else blank for y in range(1, height)]
         smoothed = self._smoother.smooth(self._curve, self.view.smoothing)
-        rows = draw_plot(self._curve, smoothed, width, height - 1, self.view, self._marked)
+        marks = Marks(self._marked, [(item.step, item.mean) for item in self._validations])
+        rows = draw_plot(self._curve, smoothed, width, height - 1, self.view, marks)
         styles = {layer: self.get_component_rich_style(f"chart--{layer}") for layer in LAYERS}
         return strips + [Strip([Segment(text, styles[layer]) for text, layer in row], width) for row in rows]
 

@@ -6,6 +6,7 @@ and neighbours are joined. Losses that are not finite are gaps.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 from lorasmith.tui.glyphs import BRAILLE, Dots, GlyphSet
 from lorasmith.tui.state import Curve, Floats
 
-Layer = Literal["axis", "raw", "smooth", "mark"]
+Layer = Literal["axis", "raw", "smooth", "mark", "point"]
 LAYERS: tuple[Layer, ...] = get_args(Layer)
 Row = list[tuple[str, Layer]]
 
@@ -120,31 +121,69 @@ def step_number(value: float) -> str:
     return f"{value:g}"
 
 
+@dataclass(frozen=True)
+class Marks:
+    """What is drawn beside the curve: a cross on the axis at each of the `steps`, a diamond at each (step, value)."""
+
+    steps: Sequence[int] = ()
+    points: Sequence[tuple[int, float]] = ()
+
+
+NO_MARKS = Marks()
+
+
 def draw_plot(
-    curve: Curve, smoothed: Floats, width: int, height: int, view: PlotView, marked: Sequence[int] = ()
+    curve: Curve, smoothed: Floats, width: int, height: int, view: PlotView, marks: Marks = NO_MARKS
 ) -> list[Row]:
     """Return `height` rows of `width` cells: the curve, its average over it, the y axis left, the steps below.
 
-    The axis bears a cross at each of the `marked` steps that are in sight.
+    Over both are those of the `marks` that are in sight.
     """
     window = min(view.window or len(curve), len(curve))
     start = len(curve) - window
     raw, average = _scaled(curve.values[start:], view.log_y), _scaled(smoothed[start:], view.log_y)
-    bounds = _bounds(raw if view.smoothing < 1 else average)
+    points = [(step - start - 1, value) for step, value in marks.points if start < step <= len(curve)]
+    heights = _scaled(np.array([value for _, value in points]), view.log_y)
+    bounds = _bounds(np.append(raw if view.smoothing < 1 else average, heights))
     inner_height = height - 2
     if bounds is None or inner_height < 1 or width < 16:
         return [[(" " * width, "axis")] for _ in range(height)]
     ticks = _y_ticks(bounds, inner_height, view.log_y)
     margin = max((len(label) for label in ticks.values()), default=1)
     columns = width - margin - 1
-    marks = [_raster(series, columns, inner_height, bounds, view.glyphs) for series in (raw, average)]
+    drawn = [_raster(series, columns, inner_height, bounds, view.glyphs) for series in (raw, average)]
+    over = _point_cells([at for at, _ in points], heights, window, (columns, inner_height), bounds)
     rows: list[Row] = []
     for y in range(inner_height):
         label = ticks.get(y, "")
         edge = view.glyphs.vertical
-        rows.append([(f"{label:>{margin}}{edge}", "axis"), *_merge(marks[0][y], marks[1][y])])
+        cells = _with_points(_merge(drawn[0][y], drawn[1][y]), over.get(y, set()), view.glyphs)
+        rows.append([(f"{label:>{margin}}{edge}", "axis"), *cells])
     axis, labels = _x_axis(start + 1, window, margin, columns, view.glyphs)
-    return [*rows, _marked_axis(axis, [step - start - 1 for step in marked], window, margin, view.glyphs), labels]
+    return [*rows, _marked_axis(axis, [step - start - 1 for step in marks.steps], window, margin, view.glyphs), labels]
+
+
+def _point_cells(
+    positions: Sequence[int], heights: Floats, count: int, size: tuple[int, int], bounds: tuple[float, float]
+) -> dict[int, set[int]]:
+    """Return the columns of each row that a point falls on; `size` is (columns, rows)."""
+    (columns, rows), (low, high) = size, bounds
+    cells: dict[int, set[int]] = {}
+    for position, value in zip(positions, heights.tolist(), strict=True):
+        if math.isfinite(value):
+            row = min(rows - 1, int((high - value) / (high - low) * rows))
+            cells.setdefault(row, set()).add(round(position / max(1, count - 1) * (columns - 1)))
+    return cells
+
+
+def _with_points(row: Row, columns: set[int], glyphs: GlyphSet) -> Row:
+    """Lay a diamond over these columns of a row."""
+    if not columns:
+        return row
+    cells = [(mark, layer) for text, layer in row for mark in text]
+    for column in columns:
+        cells[column] = (glyphs.diamond, "point")
+    return [("".join(m for m, _ in run), layer) for layer, run in itertools.groupby(cells, key=lambda cell: cell[1])]
 
 
 def _marked_axis(axis: Row, positions: Sequence[int], count: int, margin: int, glyphs: GlyphSet) -> Row:
