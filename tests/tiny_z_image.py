@@ -47,7 +47,7 @@ def qwen_tokenizer() -> Any:
         merges=[],
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        extra_special_tokens=["<|im_start|>"],
+        extra_special_tokens=["<|im_start|>", "assistant"],  # as in the real one, a word of its own
     )
     tokenizer.chat_template = CHAT
     return tokenizer

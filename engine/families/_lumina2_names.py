@@ -55,6 +55,8 @@ def original_name(path: str) -> str | FusedName:
 
 def to_diffusers(weights: Mapping[str, torch.Tensor], queries: int) -> dict[str, torch.Tensor]:
     """Rename weights with original names; `queries` are the rows of to_q, and to_k and to_v share what is left."""
+    import torch
+
     renamed: dict[str, torch.Tensor] = {}
     for name, value in weights.items():
         if name in _UNREAD:
@@ -62,7 +64,7 @@ def to_diffusers(weights: Mapping[str, torch.Tensor], queries: int) -> dict[str,
         path, _, kind = name.rpartition(".")
         if path.endswith(".attention.qkv"):
             block, rest = path.removesuffix("attention.qkv"), (value.shape[0] - queries) // 2
-            parts = value.split([queries, rest, rest])
+            parts = torch.split(value, [queries, rest, rest])
             renamed |= {f"{block}{own}.{kind}": part.clone() for own, part in zip(_QKV, parts, strict=True)}
         else:
             renamed[f"{_diffusers_name(path)}.{kind}"] = value
