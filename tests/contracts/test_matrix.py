@@ -137,7 +137,7 @@ def predictions_of_checkpoint(cell: Cell, checkpoints: Path) -> Predictions:
     family = load_tiny(cell.base)
     plain = answer(family)
     adapter = attach_adapter(family, cell.config.adapter, cell.config.run.seed)
-    checkpoint, _ = newest_checkpoint(checkpoints)
+    checkpoint = newest_checkpoint(checkpoints, lambda *_: None)
     assert checkpoint is not None
     adapter.load_state_dict(checkpoint.tensors("adapter"))
     adapter.train(False)
