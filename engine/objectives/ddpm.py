@@ -75,9 +75,10 @@ class DdpmObjective:
         added = self.noise.perturbed(drawn, step, first)
         noise = drawn.to(latents.device, non_blocking=True)
         added = noise if added is drawn else added.to(latents.device, non_blocking=True)
-        batch = self._mix(latents, timesteps, noise, added)
-        batch.weights, batch.pixel_weights = weights * self._weights[timesteps], pixel_weights
-        batch.limits = None if self._limits is None else self._limits[timesteps]
+        batch = self._mix(latents, timesteps, (noise, added), weights * self._weights[timesteps])
+        batch.pixel_weights = pixel_weights
+        if self._limits is not None:
+            batch.limits = self._limits[timesteps]
         return batch
 
     def at(self, latents: Tensor, level: float, seeds: Sequence[int]) -> NoisyBatch:
@@ -88,20 +89,22 @@ class DdpmObjective:
         """
         timestep = round(level * (self.num_timesteps - 1))
         timesteps = torch.full((len(latents),), timestep, device=latents.device)
-        noise = fixed_noise(latents, seeds)
-        return self._mix(latents, timesteps, noise, noise)
+        noise, ones = fixed_noise(latents, seeds), torch.ones(len(latents), device=latents.device)
+        return self._mix(latents, timesteps, (noise, noise), ones)
 
     def loss(self, prediction: Tensor, batch: NoisyBatch) -> Tensor:
         """Return the weighted loss () of a prediction (B, C, h, w)."""
         return weighted_loss(prediction, batch, smooth_l1=self._smooth_l1)
 
-    def _mix(self, latents: Tensor, timesteps: Tensor, noise: Tensor, added: Tensor) -> NoisyBatch:
+    def _mix(self, latents: Tensor, timesteps: Tensor, noises: tuple[Tensor, Tensor], weights: Tensor) -> NoisyBatch:
+        """Return latents at timesteps; of `noises` the first is the target's, the second the one that is added."""
+        noise, added = noises
         signal = self._signal[timesteps].view(-1, 1, 1, 1)
         amount = self._noise[timesteps].view(-1, 1, 1, 1)
         clean = latents.float()
         target = signal * noise - amount * clean if self.velocity else noise
         noisy = (signal * clean + amount * added).to(latents.dtype)
-        return NoisyBatch(noisy, timesteps, target, torch.ones(len(latents), device=latents.device))
+        return NoisyBatch(noisy, timesteps, target, weights)
 
     def _draw_timesteps(self, num: int, step: int, first: int) -> Tensor:
         places = range(first, first + num)

@@ -56,8 +56,8 @@ class FlowObjective:
         added = self.noise.perturbed(drawn, step, first)
         noise = drawn.to(device, non_blocking=True)
         added = noise if added is drawn else added.to(device, non_blocking=True)
-        batch = mix(latents, sigmas.to(device, non_blocking=True), noise, added)
-        batch.weights, batch.pixel_weights = weights, pixel_weights
+        batch = mix(latents, sigmas.to(device, non_blocking=True), (noise, added), weights)
+        batch.pixel_weights = pixel_weights
         if self._settings.loss != "l2":
             limits = huber_limits(self._settings, 1.0 - sigmas, sigmas, sigmas)
             batch.limits = None if limits is None else limits.to(device, non_blocking=True)
@@ -65,16 +65,20 @@ class FlowObjective:
 
     def at(self, latents: Tensor, level: float, seeds: Sequence[int]) -> NoisyBatch:
         """Return `latents` (B, C, h, w) with the noise of sigma = `level`, 0..1; see `DdpmObjective.at`."""
-        noise = fixed_noise(latents, seeds)
-        return mix(latents, torch.full((len(latents),), level, device=latents.device), noise, noise)
+        noise, ones = fixed_noise(latents, seeds), torch.ones(len(latents), device=latents.device)
+        return mix(latents, level * ones, (noise, noise), ones)
 
     def loss(self, prediction: Tensor, batch: NoisyBatch) -> Tensor:
         """Return the weighted loss () of a prediction (B, C, h, w)."""
         return weighted_loss(prediction, batch, smooth_l1=self._settings.loss == "smooth_l1")
 
 
-def mix(latents: Tensor, sigmas: Tensor, noise: Tensor, added: Tensor) -> NoisyBatch:
-    """Return latents (B, C, h, w) with `added` noise at fp32 `sigmas` (B,), the target by `noise`, all weights 1."""
+def mix(latents: Tensor, sigmas: Tensor, noises: tuple[Tensor, Tensor], weights: Tensor) -> NoisyBatch:
+    """Return latents (B, C, h, w) with noise at fp32 `sigmas` (B,).
+
+    Of `noises` the first is the target's, the second the one that is added.
+    """
+    noise, added = noises
     amount, clean = sigmas.view(-1, 1, 1, 1), latents.float()
     noisy = ((1.0 - amount) * clean + amount * added).to(latents.dtype)
-    return NoisyBatch(noisy, sigmas * TIME_SCALE, noise - clean, torch.ones(len(latents), device=latents.device))
+    return NoisyBatch(noisy, sigmas * TIME_SCALE, noise - clean, weights)
