@@ -155,7 +155,7 @@ class QwenImage(LoadedModel):
         if self.files.kind == "folder" and not self.files.encoder_files:
             encoder = qwen.load_qwen25_folder(self.files, self.dtype)
         else:
-            width = int(self.denoiser.config.joint_attention_dim)
+            width = int(self.identity.details["prompt_numbers"]) // own.TOKENS
             encoder = qwen.load_qwen25(self.files, own.require_encoder(self.files, width), self.dtype)
         return encoder
 
