@@ -24,6 +24,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "caching": (),
     "checking": (),
     "scanning": (),
+    "fused_backward": (),
     "gpu_sd15": (),
     "startup": (),
     "key_latency": (),

@@ -32,8 +32,9 @@ class OptimizerSettings(Section):
         "ademamix",
         "ademamix8bit",
     ] = "adamw"
-    """`adamw8bit` saves memory; `prodigy` and `dadaptation` find their own learning rate (set learning_rate to 1); the
-    `schedulefree` ones need no schedule; the `paged` ones spill into main memory."""
+    """`prodigy` and `dadaptation` find their own learning rate (set learning_rate to 1); the `schedulefree` ones need
+    no schedule. The `8bit` ones keep their state in a quarter, that of weights with under 4096 numbers whole; the `paged`
+    ones spill that of weights with 100,000 and more, which a LoRA of small rank does not have."""
     learning_rate: Rate = 1e-4
     """Step size at the top of the schedule."""
     weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
@@ -45,7 +46,9 @@ class OptimizerSettings(Section):
     max_grad_norm: Annotated[float, Field(ge=0.0, le=100.0)] = 1.0
     """Gradients longer than this are shortened to it; 0: never."""
     fused_backward: bool = False
-    """Update each weight as soon as its gradient is there, and free the gradient. It saves a LoRA little memory."""
+    """Update each weight as soon as its gradient is there. Saves nothing (measured) unless the LoRA is larger than the
+    memory of the pictures' own way through the network. A step is left out for its loss alone, and running out of
+    memory in a later step ends the run at its last checkpoint."""
 
 
 class ScheduleSettings(Section):
@@ -54,7 +57,8 @@ class ScheduleSettings(Section):
     name: Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial", "rex", "wsd", "inverse_sqrt"] = (
         "constant"
     )
-    """Shape after the warm-up; `wsd` stays at the top and falls at the end."""
+    """Shape after the warm-up; `wsd` stays at the top and falls at the end, `rex` falls late, `inverse_sqrt` falls to
+    half within four warm-ups."""
     warmup_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Steps over which the learning rate rises from zero."""
     restarts: Annotated[int, Field(ge=1, le=100)] = 3
