@@ -134,7 +134,9 @@ def original_transformer(weights: dict[str, Any]) -> dict[str, Any]:
     last = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("transformer_blocks."))
     swapped = ("norm_out.linear", f"transformer_blocks.{last - 1}.norm1_context.linear")
     found: dict[str, list[Any]] = {}
-    for name, value in weights.items():
+    order = [row for rows in FUSED.values() for row in rows]
+    for name in sorted(weights, key=lambda name: next((i for i, row in enumerate(order) if f".{row}." in name), -1)):
+        value = weights[name]
         if name == "pos_embed.pos_embed":
             found["pos_embed"] = [value]
             continue
