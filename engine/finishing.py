@@ -12,6 +12,7 @@ from lorasmith.engine.preview_sheet import build_run_sheet
 from lorasmith.engine.previews import draw_previews
 from lorasmith.engine.run_setup import preview_conditionings
 from lorasmith.engine.saving import Saver, require_finite_weights, wait_for_disk
+from lorasmith.engine.training_adapter import without
 from lorasmith.engine.training_parts import TrainingParts
 from lorasmith.engine.validation import validate
 
@@ -24,7 +25,7 @@ def draw(parts: TrainingParts) -> None:
     family, adapter = parts.learner.family, parts.learner.adapter
     adapter.train(False)
     try:
-        with parts.learner.averaged():
+        with parts.learner.averaged(), without(parts.training_adapter):
             prompts = preview_conditionings(parts.learner, parts.material)
             stop = parts.controls.stop_wanted
             draw_previews(
@@ -120,6 +121,9 @@ def _export(parts: TrainingParts) -> None:
         parts.emit(
             ExportDone(step=step, path=str(result.path), layout=result.layout, keys=result.keys, bytes=result.bytes)
         )
+    for result in results:
+        message = f"{result.path.name} was read back by {result.readers} and holds what was trained."
+        parts.emit(Logged(severity="info", message=message))
     # The same in every layout.
     if unchanged := len(results[0].unchanged):
         were = "was" if unchanged == 1 else "were"

@@ -119,7 +119,8 @@ def download_files(
 ) -> Path:
     """Download the files of a repository that `choose` picks by name, and return their folder.
 
-    `setting` is what the user calls it. Without a network a cached copy is used if `is_complete` says so. Raises as `download_base`.
+    `setting` is what the user calls it. Without a network a cached copy is used if `is_complete` says so. Raises as
+    `download_base`.
     """
     from huggingface_hub import HfApi, snapshot_download
 

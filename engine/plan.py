@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lorasmith.engine import memory, storage
 from lorasmith.engine.adapter_combinations import OF_WEIGHTS
 from lorasmith.engine.combinations import base_contradictions
+from lorasmith.engine.compatibility import compatibility_problems
 from lorasmith.engine.dataset.buckets import MAX_ENLARGEMENT, BucketPlan, BucketRow, plan_buckets
 from lorasmith.engine.dataset.cache_size import forecast_cache, max_prompts, numbers_of_prompt
 from lorasmith.engine.dataset.epochs import Epochs
@@ -179,7 +180,8 @@ def build_plan(
         warnings=(),
     )
     unsuited = base_contradictions(config, spec, identity) if spec is not None and identity is not None else []
-    return dataclasses.replace(plan, warnings=(*unsuited, *_warnings(config, plan)))
+    layouts = compatibility_problems(config, spec, identity) if spec is not None else []
+    return dataclasses.replace(plan, warnings=(*unsuited, *layouts, *_warnings(config, plan)))
 
 
 def _adapter_sizes(

@@ -10,6 +10,7 @@ from lorasmith.engine.config import RunConfig
 from lorasmith.engine.dataset.captions import require_trigger
 from lorasmith.engine.dataset.scan import require_folders
 from lorasmith.engine.errors import StorageError
+from lorasmith.engine.inspect_file import inspect_lora
 from lorasmith.engine.sources import locate_configured, on_hub
 from lorasmith.engine.storage import nearest_existing
 
@@ -26,6 +27,9 @@ def require_ready(config: RunConfig) -> None:
     # What the Hub has is only known by asking it, which the run itself does.
     if not any(on_hub(name) for name in (config.base.model, config.base.vae, *config.base.text_encoders)):
         locate_configured(config.base)
+    if config.adapter.start_from:
+        # It tells at once what is no file, or no LoRA.
+        inspect_lora(Path(config.adapter.start_from).expanduser())
     _require_output(Path(config.run.output_folder).expanduser(), folders)
 
 

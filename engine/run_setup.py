@@ -9,12 +9,14 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
-from lorasmith.engine.adapters import Adapter
+from lorasmith.engine.adapters import Adapter, attach_adapter
 from lorasmith.engine.checkpoints import Checkpoint, remove_unfinished
 from lorasmith.engine.combinations import base_contradictions
+from lorasmith.engine.compatibility import compatibility_problems, require_compatible
 from lorasmith.engine.compute import Compute, package_versions
 from lorasmith.engine.config import CaptionSettings, RunConfig
 from lorasmith.engine.controls import Host, RunPaths
@@ -29,15 +31,18 @@ from lorasmith.engine.end_notice import missing_program
 from lorasmith.engine.errors import ConfigError
 from lorasmith.engine.event_words import some_names
 from lorasmith.engine.events import DatasetReady, Event, Logged, RunStarted, StageChanged
+from lorasmith.engine.export import require_exportable
 from lorasmith.engine.families import BaseIdentity, Conditioning, Family, FamilyModule, identify_base
 from lorasmith.engine.holdout import HeldOut, plan_held_out, require_pictures, split
 from lorasmith.engine.learner import Learner, build_learner
+from lorasmith.engine.lora_files import start_adapter
 from lorasmith.engine.memory import weights_bytes
 from lorasmith.engine.out_of_memory import FREE_CACHE, Rung, Rungs
 from lorasmith.engine.previews import preview_prompts
 from lorasmith.engine.resume import is_extended
 from lorasmith.engine.sources import BaseFiles, hub_file, is_hub_id, locate_configured
 from lorasmith.engine.storage import free_bytes, readable_size, require_writable
+from lorasmith.engine.training_adapter import TrainingAdapter, attach_training_adapter, resolve_training_adapter
 
 LEFTOVERS = (".*.tmp", ".proving-*.safetensors", ".write-test-*")
 """Names that files have while they are being written or tried; see `storage` and `export`."""
@@ -50,6 +55,8 @@ class FoundBase:
     files: BaseFiles
     module: FamilyModule
     identity: BaseIdentity
+    training_adapter: Path | None = None
+    """The LoRA that is active while training only."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,11 @@ def find_base(config: RunConfig, emit: Callable[[Event], None]) -> FoundBase:
             f"The settings do not suit the base model, {identity.label}: {'; '.join(problems)}.",
             fix="Change these settings, or choose another base model.",
         )
-    return FoundBase(files, module, identity)
+    require_compatible(config, module.SPEC)
+    for problem in compatibility_problems(config, module.SPEC, identity):
+        emit(Logged(severity="warning", message=problem))
+    training_adapter = resolve_training_adapter(config.base, identity, report_progress(emit, "scan"))
+    return FoundBase(files, module, identity, training_adapter)
 
 
 def _tell_download(config: RunConfig, emit: Callable[[Event], None]) -> None:
@@ -137,6 +148,26 @@ def load_base(base: FoundBase, compute: Compute, emit: Callable[[Event], None], 
         fix=f"The weights are {readable_size(needed)} in their files. Close other programs that use this memory, set "
         "train.precision to bf16, or choose a smaller base model.",
     )
+
+
+def adapt(
+    config: RunConfig, base: FoundBase, family: Family, checkpoint: Checkpoint | None, emit: Callable[[Event], None]
+) -> tuple[Adapter, TrainingAdapter | None]:
+    """Attach the adapter to train, with the weights to start from, and the training adapter where there is one.
+
+    Raises ConfigError where a layout of the export cannot hold the adapter, and BaseModelError where a LoRA is for
+    another base model.
+    """
+    training_adapter = attach_training_adapter(family, base.training_adapter) if base.training_adapter else None
+    if training_adapter:
+        message = f"{training_adapter.label} is active in {training_adapter.layers} layers, while training only."
+        emit(Logged(severity="info", message=message))
+    adapter = attach_adapter(family, config.adapter, config.run.seed)
+    require_exportable(family, adapter, config)
+    if config.adapter.start_from and checkpoint is None:
+        words = start_adapter(adapter, Path(config.adapter.start_from).expanduser(), family)
+        emit(Logged(severity="info", message=words))
+    return adapter, training_adapter
 
 
 def read_dataset(config: RunConfig, pixel_multiple: int, emit: Callable[[Event], None]) -> Material:

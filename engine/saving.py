@@ -139,6 +139,7 @@ class Saver:
         state: dict[str, Any] = {
             "config": parts.config.model_dump(mode="json"),
             "dataset": parts.material.plan.fingerprint(),
+            "training_adapter": parts.training_adapter.fingerprint if parts.training_adapter else "",
             "learner": rest,
             "not_finite": parts.meter.record,
             "versions": package_versions(),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import time
 
-from lorasmith.engine.adapters import attach_adapter
 from lorasmith.engine.checkpoints import Checkpoint
 from lorasmith.engine.commands import Command
 from lorasmith.engine.compute import choose_compute, deterministic_kernels, engine_threads, freeze_garbage
@@ -26,6 +25,7 @@ from lorasmith.engine.not_finite import give_up, take_over
 from lorasmith.engine.out_of_memory import Rungs
 from lorasmith.engine.resume import find_checkpoint
 from lorasmith.engine.run_setup import (
+    adapt,
     announce,
     build_training,
     find_base,
@@ -37,6 +37,7 @@ from lorasmith.engine.run_setup import (
 )
 from lorasmith.engine.saving import Saver
 from lorasmith.engine.step_meter import NotFiniteError
+from lorasmith.engine.training_adapter import require_same
 from lorasmith.engine.training_parts import TrainingParts
 from lorasmith.engine.validation import validate
 from lorasmith.engine.waiting import wait
@@ -66,7 +67,7 @@ def train(run: RunPaths, config: RunConfig, host: Host) -> None:
         base = find_base(config, host.emit)
         material = read_dataset(config, base.module.SPEC.pixel_multiple, host.emit)
         family = load_base(base, compute, host.emit, rungs)
-        adapter = attach_adapter(family, config.adapter, config.run.seed)
+        adapter, training_adapter = adapt(config, base, family, checkpoint, host.emit)
         disk = require_space(config, run, adapter.num_parameters(), controls.step)
         tell_disk_plan(run, disk, host.emit)
         stop = controls.stop_wanted
@@ -77,7 +78,9 @@ def train(run: RunPaths, config: RunConfig, host: Host) -> None:
             return
 
         with contextlib.closing(learner):
-            training = Training(TrainingParts(run, config, host, controls, learner, material, rungs))
+            training = Training(
+                TrainingParts(run, config, host, controls, learner, material, rungs, training_adapter=training_adapter)
+            )
             training.resume(checkpoint)
             freeze_garbage()
             training.run()
@@ -101,6 +104,7 @@ class Training:
                 why="A picture, caption or mask was added, removed or edited.",
                 fix="Put the dataset back as it was, or start a new run.",
             )
+        require_same(self.parts.training_adapter, checkpoint.state.get("training_adapter", ""), checkpoint.step)
         take_over(self.parts, checkpoint)
         self.saver.saved_step = checkpoint.step
 

@@ -1,9 +1,9 @@
 """A frozen LoRA that is active while training only, so that a distilled base model can be trained.
 
-A distilled model draws in a few steps because it was taught to; training it as if it were not undoes that. Its training
-adapter undoes it beforehand: the run learns its LoRA beside the adapter, and the LoRA is used without it. So it works in
-training and validation, not in previews, and is never part of the export. No weight of the base is changed: each layer's
-result gets the adapter's added, which quantized layers allow too.
+A distilled model draws in a few steps because it was taught to; training it as if it were not undoes that. Its
+training adapter undoes it beforehand: the run learns its LoRA beside the adapter, and the LoRA is used without it. So
+it works in training and validation, not in previews, and is never part of the export. No weight of the base is changed:
+each layer's result gets the adapter's added, which quantized layers allow too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 

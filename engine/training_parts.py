@@ -13,6 +13,7 @@ from lorasmith.engine.learner import Learner
 from lorasmith.engine.out_of_memory import Rungs
 from lorasmith.engine.run_setup import Material
 from lorasmith.engine.step_meter import StepMeter
+from lorasmith.engine.training_adapter import TrainingAdapter
 
 if TYPE_CHECKING:
     from lorasmith.engine.parking import Parking
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 class TrainingParts:
     """One training in memory; `controls.step` counts finished steps, `started` is in seconds since the epoch.
 
-    `rungs` are what the run has done so far to need less memory.
+    `rungs` are what the run has done so far to need less memory; `training_adapter` is what a distilled base has beside
+    it while it is trained.
     """
 
     run: RunPaths
@@ -32,6 +34,7 @@ class TrainingParts:
     learner: Learner
     material: Material
     rungs: Rungs = field(default_factory=Rungs)
+    training_adapter: TrainingAdapter | None = None
     started: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:

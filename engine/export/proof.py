@@ -115,7 +115,8 @@ def _second_reader(
     """Return what diffusers loads by layer, or None where it cannot, and in words who has read the file."""
     kinds = {module.kind for module in adapter.modules}
     if not all("diffusers" in loads_kind(family.spec, kind, layout) for kind in kinds):
-        whose = "ComfyUI's rules" if kinds.isdisjoint(ROTATIONS) else "peft's rules, which no program shares"
+        known = all(loads_kind(family.spec, kind, layout) for kind in kinds)
+        whose = "ComfyUI's rules" if known else "the rules of its tensors, though no known program has these names"
         return None, f"{whose}; diffusers does not load {' and '.join(sorted(kinds))} from this layout"
     trained = {(module.component, module.path) for module in adapter.modules}
     try:

@@ -73,6 +73,7 @@ SPEC = FamilySpec(
     layouts=("comfyui", "diffusers", "kohya"),
     # diffusers reads ComfyUI's names only where every layer of every block was trained.
     readers={"comfyui": ("ComfyUI",), "diffusers": ("diffusers",), "kohya": ("ComfyUI",)},
+    fused_layouts=("comfyui", "kohya"),
     hub_ids=("Alpha-VLLM/Lumina-Image-2.0", "neta-art/Neta-Lumina-diffusers"),
     denoiser_parameters=2_609_769_152,
     latent_channels=16,

@@ -68,6 +68,8 @@ SPEC = FamilySpec(
         "diffusers": ("diffusers", "ComfyUI"),
         # ComfyUI knows `lora_unet_` names for its own fused layers only.
         "kohya": ("diffusers",),
+        "comfyui/lokr": ("ComfyUI", "diffusers"),
+        "diffusers/lokr": ("diffusers", "ComfyUI"),
     },
     hub_ids=("Tongyi-MAI/Z-Image", "Tongyi-MAI/Z-Image-Turbo"),
     denoiser_parameters=6_154_908_736,
