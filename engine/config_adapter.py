@@ -84,22 +84,22 @@ class AdapterSettings(Section):
     @classmethod
     def _check_ranks(cls, entries: list[str]) -> list[str]:
         for entry, (pattern, value) in zip(entries, pairs(entries), strict=True):
-            _require_pattern(pattern)
-            if not value.strip().isdecimal() or int(value) > MAX_RANK:
+            if not pattern or not value.strip().isdecimal() or int(value) > MAX_RANK:
                 raise ValueError(f"{entry}: must be PATTERN=RANK with a whole number from 0 to {MAX_RANK}")
+            _require_pattern(pattern)
         return entries
 
     @field_validator("block_learning_rates", mode="after")
     @classmethod
     def _check_rates(cls, entries: list[str]) -> list[str]:
         for entry, (pattern, value) in zip(entries, pairs(entries), strict=True):
-            _require_pattern(pattern)
             try:
-                usable = 0.0 < float(value) <= MAX_RATE_FACTOR
+                usable = bool(pattern) and 0.0 < float(value) <= MAX_RATE_FACTOR
             except ValueError:
                 usable = False
             if not usable:
-                raise ValueError(f"{entry}: must be PATTERN=FACTOR with a number above 0 and up to {MAX_RATE_FACTOR}")
+                raise ValueError(f"{entry}: must be PATTERN=FACTOR with a number above 0 and up to {MAX_RATE_FACTOR:g}")
+            _require_pattern(pattern)
         return entries
 
 
@@ -121,8 +121,6 @@ def scale_of(rank: int, alpha: float, settings: AdapterSettings) -> float:
 
 
 def _require_pattern(pattern: str) -> None:
-    if not pattern:
-        raise ValueError("a pattern is missing before the =")
     try:
         re.compile(pattern)
     except re.error as error:

@@ -1,16 +1,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft.tuners.boft.layer import BOFTLayer
 from torch import nn
 
+from lorasmith.engine.adapter_layers import block_size, kronecker_sides
 from lorasmith.engine.adapters import Adapter, attach_adapter, selected_layers
+from lorasmith.engine.adapters.injection import RankDropout
+from lorasmith.engine.adapters.rotation import ButterflyLayer
+from lorasmith.engine.adapters.started import first_product
 from lorasmith.engine.config import AdapterSettings
-from lorasmith.engine.errors import BaseModelError, CheckpointError
+from lorasmith.engine.config_adapter import effective_scale
+from lorasmith.engine.disk_plan import plan_disk
+from lorasmith.engine.errors import BaseModelError, CheckpointError, ConfigError
 from lorasmith.engine.families import Family
-from tests.engine.running import load_tiny
+from lorasmith.engine.run_file import Layer, resolve_config
+from tests.engine.running import load_tiny, tiny_config
 
 LOCON = AdapterSettings(kind="locon", rank=4, alpha=2.0, conv_rank=3, conv_alpha=1.5)
 
@@ -154,3 +163,299 @@ def test_dropout_is_off_outside_training(tiny_sd15: Path) -> None:
     assert torch.equal(predict(family), predict(family))
     adapter.train()
     assert not torch.equal(predict(family), predict(family))
+
+
+KINDS = ("lora", "locon", "dora", "loha", "lokr", "oft", "boft")
+
+
+def attached(base: Path, seed: int = 1, **settings: Any) -> Adapter:
+    return attach_adapter(load_tiny(base), AdapterSettings(**settings), seed=seed)
+
+
+@pytest.mark.parametrize("settings", [{"kind": kind} for kind in KINDS] + [{"init": "pissa"}, {"init": "orthogonal"}])
+def test_first_weights_of_every_kind_follow_from_seed_and_layer_name(tiny_sd15: Path, settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    one = attached(tiny_sd15, **settings).state_dict()
+    torch.manual_seed(99)
+    more = attached(tiny_sd15, **settings, targets="attention-mlp").state_dict()
+    assert all(torch.equal(more[key], value) for key, value in one.items())
+
+
+def test_whole_paths_are_adapted_and_not_what_ends_like_them(tiny_sd15: Path) -> None:
+    # peft takes a name in a list for the end of any path.
+    family = load_tiny(tiny_sd15)
+    family.denoiser.to_q = nn.Linear(4, 4)
+    adapter = attach_adapter(family, AdapterSettings(include=["^to_q$"]), seed=1)
+    assert [module.path for module in adapter.modules] == ["to_q"]
+    assert sum(name.endswith("lora_A") for name, _ in family.denoiser.named_modules()) == 1
+
+
+def test_patterns_choose_layers_their_ranks_and_their_rates(tiny_sd15: Path) -> None:
+    adapter = attached(
+        tiny_sd15,
+        rank=4,
+        alpha=2.0,
+        text_encoder=True,
+        include=["attn1", r"^text_encoder\."],
+        exclude=["to_out"],
+        block_ranks=["to_q=8", "mid_block=2", r"^text_encoder\.=1"],
+        block_learning_rates=["mid_block=0.25", "to_q=3"],
+    )
+    assert adapter.modules
+    for module in adapter.modules:
+        assert "to_out" not in module.path
+        assert module.component == "text_encoder" or "attn1" in module.path
+        middle, query = "mid_block" in module.path, "to_q" in module.path
+        rank = 8 if query else 2 if middle else 1 if module.component == "text_encoder" else 4
+        assert (module.rank, module.alpha, module.scale) == (rank, rank / 2, 0.5)
+        assert module.down.shape[0] == rank
+        assert module.rate == (0.25 if middle else 3.0 if query else 1.0)
+    assert {module.rank for module in adapter.modules} == {8, 2, 1, 4}
+    assert "mid_block" in "".join(module.path for module in adapter.modules)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("include", "attn7"),
+        ("exclude", "attn7"),
+        ("block_ranks", "attn7=4"),
+        ("block_learning_rates", "attn7=0.5"),
+    ],
+)
+def test_a_pattern_that_finds_no_layer_is_named(tiny_sd15: Path, setting: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"adapter\.{setting}: attn7 is found in no layer"):
+        attached(tiny_sd15, **{setting: [value]})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "words"),
+    [
+        ("include", "attn(", "regular expression"),
+        ("exclude", "*", "regular expression"),
+        ("block_ranks", "attn1", "PATTERN=RANK"),
+        ("block_ranks", "attn1=", "PATTERN=RANK"),
+        ("block_ranks", "attn1=2.5", "PATTERN=RANK"),
+        ("block_ranks", "attn1=5000", "0 to 1024"),
+        ("block_ranks", "a(=4", "regular expression"),
+        ("block_learning_rates", "attn1=", "PATTERN=FACTOR"),
+        ("block_learning_rates", "attn1=nan", "PATTERN=FACTOR"),
+        ("block_learning_rates", "attn1=-1", "PATTERN=FACTOR"),
+        ("block_learning_rates", "=2", "PATTERN=FACTOR"),
+        ("block_ranks", "3", "PATTERN=RANK"),
+    ],
+)
+def test_a_pattern_that_cannot_be_read_is_refused_with_its_key(setting: str, value: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_config([Layer("test", {"adapter": {setting: [value]}})])
+    assert f"adapter.{setting}" in str(caught.value)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"init": "loftq"}, "not quantized"),
+        ({"init": "pissa", "kind": "lokr"}, "start of its own"),
+        ({"init": "pissa", "kind": "dora"}, "does not go with"),
+        ({"init": "olora", "start_from": "x.safetensors"}, "two different beginnings"),
+        ({"init": "orthogonal", "rank": 3}, "even ranks"),
+        ({"init": "orthogonal", "rank": 4, "block_ranks": ["attn1=3"]}, "even ranks"),
+        ({"kind": "oft", "rslora": True}, "rslora must be false"),
+        ({"kind": "boft", "block_ranks": ["attn1=3"]}, "block_ranks has no meaning"),
+        ({"kind": "oft", "convolutions": True}, "convolutions must be false"),
+        ({"kind": "dora", "dropout": 0.1}, "dropout must be 0"),
+        ({"kind": "boft", "rank_dropout": 0.1}, "rank_dropout must be 0"),
+        ({"kind": "oft", "max_norm": 1.0}, "max_norm must be 0"),
+    ],
+)
+def test_settings_that_cannot_hold_together_are_refused_with_a_fix(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        resolve_config([Layer("test", {"adapter": settings})])
+    usual = resolve_config([Layer("test", {"adapter": {"kind": settings.get("kind", "lora")}})])
+    assert usual.config.adapter.kind == settings.get("kind", "lora")
+
+
+def test_target_presets_that_a_family_lacks_are_named_with_those_it_has(tiny_sd15: Path) -> None:
+    with pytest.raises(ConfigError, match="ai-toolkit: Stable Diffusion") as caught:
+        attached(tiny_sd15, targets="ai-toolkit")
+    assert "attention-mlp" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [
+        ({"rank": 16, "alpha": 4.0}, 0.25),
+        ({"rank": 16, "alpha": 4.0, "rslora": True}, 1.0),
+        ({"kind": "oft"}, 1.0),
+        ({"kind": "loha", "rank": 4, "alpha": 1.0}, 0.25),
+        ({"kind": "lokr", "rank": 2, "alpha": 1.0, "lokr_factor": 2}, 0.5),
+        ({"kind": "lokr", "rank": 2, "alpha": 1.0, "lokr_full": True}, 1.0),
+    ],
+)
+def test_the_scale_that_is_shown_is_the_one_that_counts(
+    tiny_sd15: Path, settings: dict[str, Any], scale: float
+) -> None:
+    assert effective_scale(AdapterSettings(**settings)) == scale
+    assert {module.scale for module in attached(tiny_sd15, **settings, include=["attn1.to_q"]).modules} == {scale}
+
+
+def test_convolutions_have_a_scale_of_their_own() -> None:
+    settings = AdapterSettings(kind="locon", rank=4, alpha=2.0, conv_rank=9, conv_alpha=3.0)
+    assert effective_scale(settings, convolution=True) == pytest.approx(1 / 3)
+    assert effective_scale(settings.model_copy(update={"rslora": True}), convolution=True) == 1.0
+
+
+@pytest.mark.parametrize("kind", ["lora", "locon", "loha", "lokr"])
+def test_changes_that_grow_too_large_are_shrunk_to_the_limit_and_others_stay(tiny_sd15: Path, kind: str) -> None:
+    adapter = attached(tiny_sd15, kind=kind, rank=4, alpha=2.0, max_norm=0.5, convolutions=True)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for number, module in enumerate(adapter.modules):
+            for tensor in module.tensors.values():
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * (0.5 if number % 2 else 0.005))
+    before = [adapter.delta(module) for module in adapter.modules]
+    kept = adapter.state_dict()
+    adapter.after_step()
+    large = 0
+    for module, old in zip(adapter.modules, before, strict=True):
+        new = adapter.delta(module)
+        if old.norm() > 0.5:
+            large += 1
+            torch.testing.assert_close(new, old * (0.5 / old.norm()), rtol=1e-4, atol=1e-6)
+        else:
+            assert all(torch.equal(t, kept[f"{module.name}.{name}"]) for name, t in module.tensors.items())
+    assert 0 < large < len(before)
+    once = adapter.state_dict()
+    adapter.after_step()  # a step that was left out must change nothing
+    assert all(torch.equal(value, once[key]) for key, value in adapter.state_dict().items())
+
+
+def test_max_norm_is_off_unless_asked_for(tiny_sd15: Path) -> None:
+    adapter = attached(tiny_sd15)
+    fill(adapter)
+    before = adapter.state_dict()
+    adapter.after_step()
+    assert all(torch.equal(value, before[key]) for key, value in adapter.state_dict().items())
+
+
+@pytest.mark.parametrize("settings", [{"kind": "locon"}, {"kind": "loha"}, {"kind": "lokr", "convolutions": True}])
+def test_rank_dropout_drops_in_training_alone_and_repeats_with_the_seed(
+    tiny_sd15: Path, settings: dict[str, Any]
+) -> None:
+    family = load_tiny(tiny_sd15)
+    adapter = attach_adapter(family, AdapterSettings(rank_dropout=0.5, rank=4, alpha=2.0, **settings), seed=1)
+    assert adapter.dropouts
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter += 0.1
+        adapter.train(False)
+        assert torch.equal(predict(family), predict(family))
+        adapter.train()
+        draws = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            draws.append(predict(family))
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_dropped_ranks_are_whole_ranks_of_a_picture_and_the_mean_stays() -> None:
+    dropout = RankDropout(0.25, -1)
+    torch.manual_seed(0)
+    dropped = dropout(torch.ones(4000, 3, 5))
+    values = dropped[:, 0]
+    assert all(torch.equal(dropped[:, place], values) for place in range(3))
+    assert values.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    assert values.mean() == pytest.approx(1.0, abs=0.02)
+    assert torch.equal(dropout.eval()(values), values)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_starts_from_the_weight_hold_its_main_directions(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 4, generator=generator) @ torch.randn(4, 40, generator=generator)
+    weight += 1e-3 * torch.randn(24, 40, generator=generator)
+    first = first_product(weight, kind, 4, 0.5, torch.Generator().manual_seed(1))
+    product = first["lora_B.weight"] @ first["lora_A.weight"]
+    if kind == "pissa":
+        left, values, right = torch.linalg.svd(weight)
+        best = left[:, :4] * values[:4] @ right[:4]
+        torch.testing.assert_close(0.5 * product, best, rtol=1e-3, atol=1e-3)
+    else:
+        basis = first["lora_B.weight"]
+        torch.testing.assert_close(basis.T @ basis, torch.eye(4), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(product, basis @ (basis.T @ weight), rtol=1e-4, atol=1e-5)
+
+
+def test_pissa_learns_as_by_the_paper_with_the_product_taken_off_the_weight(tiny_sd15: Path) -> None:
+    family = load_tiny(tiny_sd15)
+    adapter = attach_adapter(family, AdapterSettings(init="pissa", rank=4, alpha=2.0, include=["attn1.to_q"]), seed=1)
+    module = adapter.modules[0]
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(5))
+    result = module.layer(x)
+    result.square().sum().backward()
+    down, up = (module.tensors[name].detach().clone().requires_grad_() for name in ("lora_A.weight", "lora_B.weight"))
+    assert module.start is not None
+    residual = module.layer.base_layer.weight - 0.5 * module.start["lora_B.weight"] @ module.start["lora_A.weight"]
+    reference = x @ (residual + 0.5 * up @ down).T
+    torch.testing.assert_close(result, reference)
+    reference.square().sum().backward()
+    torch.testing.assert_close(module.down.grad, down.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(module.up.grad, up.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_resumed_pissa_has_the_start_of_its_checkpoint(tiny_sd15: Path) -> None:
+    # Another machine's linear algebra may find other signs.
+    family = load_tiny(tiny_sd15)
+    adapter = attach_adapter(family, AdapterSettings(init="pissa", rank=4), seed=1)
+    saved = adapter.state_dict()
+    assert sum(".start." in key for key in saved) == len(saved) // 2
+    flipped = {key: -value for key, value in saved.items()}
+    before = predict(family)
+    adapter.load_state_dict(flipped)
+    assert torch.equal(predict(family), before)
+    assert all(torch.equal(value, flipped[key]) for key, value in adapter.state_dict().items())
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_butterflies_are_the_products_of_pefts_matrices(stages: int) -> None:
+    layer = ButterflyLayer(nn.Linear(16, 6), block=4, stages=stages)
+    generator = torch.Generator().manual_seed(0)
+    blocks = layer.boft_R["default"]
+    with torch.no_grad():
+        blocks.copy_(torch.randn(blocks.shape, generator=generator))
+    product = torch.eye(16)
+    for stage in range(stages):
+        skew = 0.5 * (blocks[stage] - blocks[stage].transpose(1, 2))
+        turned = torch.block_diag(*[(torch.eye(4) - s) @ torch.linalg.inv(torch.eye(4) + s) for s in skew])
+        order = BOFTLayer.block_butterfly_perm(None, 16, 4 // 2**stage, 2, stages - 1)
+        matrix = BOFTLayer.perm2mat(None, order)
+        product = matrix @ turned @ matrix.T @ product
+    found = layer.rotate(torch.eye(16))
+    torch.testing.assert_close(found, product, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found @ found.T, torch.eye(16), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "block", "kind", "expected"),
+    [(320, 32, "oft", 32), (30, 32, "oft", 30), (37, 32, "oft", 37), (1152, 100, "oft", 96), (45, 8, "boft", 9)],
+)
+def test_blocks_divide_the_inputs(inputs: int, block: int, kind: Any, expected: int) -> None:
+    assert block_size(inputs, AdapterSettings(kind=kind, block_size=block)) == expected
+
+
+@pytest.mark.parametrize("factor", [0, 1, 4, 6, 7, 50])
+def test_kronecker_sides_are_those_of_peft(factor: int) -> None:
+    from peft.tuners.lokr.layer import factorization
+
+    for size in range(1, 400):
+        assert kronecker_sides(size, factor) == factorization(size, factor or -1)
+
+
+def test_forecasts_of_files_know_that_pissa_is_shared_at_twice_the_rank(tiny_sd15: Path, tmp_path: Path) -> None:
+    adapter, twice = {"rank": 4, "alpha": 4.0}, {"rank": 4, "alpha": 4.0, "init": "pissa"}
+    plain = plan_disk(tiny_config(tiny_sd15, tmp_path, adapter=adapter), 1_000_000)
+    pissa = plan_disk(tiny_config(tiny_sd15, tmp_path, adapter=twice), 1_000_000)
+    assert pissa.export - plain.export == 2_000_000
+    assert pissa.checkpoints - plain.checkpoints == 4_000_000 * plain.num_checkpoints
