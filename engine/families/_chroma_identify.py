@@ -41,11 +41,12 @@ def identify_folder(files: BaseFiles) -> BaseIdentity | None:
     """Return what a diffusers folder is, or None where its pipeline is another."""
     if files.config("").get("_class_name") != "ChromaPipeline":
         return None
-    config = files.config("transformer")
+    config, tensors = files.config("transformer"), files.tensors("transformer")
+    own.require_readable(files, tensors)
     missing = own.missing_parts(files, _PARTS)
     side = files.config("vae").get("sample_size") or own.NATIVE_SIDE
     side = int(side[0] if isinstance(side, list) else side)
-    return _identity(files, files.tensors("transformer"), missing, int(config.get("joint_attention_dim", 4096)), side)
+    return _identity(files, tensors, missing, int(config.get("joint_attention_dim", 4096)), side)
 
 
 def identify_file(files: BaseFiles) -> BaseIdentity | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +25,22 @@ _PIPELINES = {"FluxPipeline": "", "FluxKontextPipeline": "kontext"}
 _EDITING_PIPELINES = ("FluxFillPipeline", "FluxControlPipeline")
 _PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 _GUIDANCE = "time_text_embed.guidance_embedder.linear_1.weight"
-_LABELS = {"dev": "dev", "schnell": "schnell", "krea": "Krea dev", "kontext": "Kontext dev"}
+_LABELS = {
+    "dev": "dev",
+    "schnell": "schnell",
+    "krea": "Krea dev",
+    "kontext": "Kontext dev",
+    "de-distilled": "de-distilled",
+}
+_DE_DISTILLED = re.compile(r"(de|un)[-_ ]?distill|openflux|libreflux")
+"""Names of models whose distillation was undone by training: they have no guidance built in, and need a real one."""
 _DRAWING: Mapping[str, tuple[int, float]] = {
     # Steps and embedded guidance of each model card's example; dev's 50 steps differ little from diffusers' usual 28.
     "dev": (28, 3.5),
     "krea": (28, 4.5),
     "kontext": (28, 2.5),
     "schnell": (4, 1.0),
+    "de-distilled": (28, 3.5),
 }
 
 
@@ -44,7 +54,8 @@ def identify_folder(files: BaseFiles) -> BaseIdentity | None:
     if pipeline in _EDITING_PIPELINES:
         return None
     tensors = files.tensors("transformer")
-    guided = bool(config.get("guidance_embeds", False))
+    own.require_readable(files, tensors)
+    guided = bool(config.get("guidance_embeds", _GUIDANCE in tensors))
     variant, guessed = _variant(files, guided, _PIPELINES[pipeline])
     numbers = _prompt_numbers(
         variant, int(config.get("joint_attention_dim", 4096)), int(config.get("pooled_projection_dim", 768))
@@ -88,18 +99,18 @@ def transformer_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 def _variant(files: BaseFiles, guided: bool, told: str) -> tuple[str, str]:
     """Return the variant and, where only a name tells it, that it is a guess.
 
-    Krea and Kontext have dev's architecture to the last shape.
+    Krea and Kontext have dev's architecture to the last shape, de-distilled models that of schnell.
     """
-    if not guided:
-        return "schnell", ""
     if told:
         return told, ""
     metadata = files.metadata()
     hints = [files.path.name, files.origin, str(files.config("transformer").get("_name_or_path", ""))]
     hints += [metadata.get(key, "") for key in ("modelspec.title", "modelspec.architecture", "general.name")]
     text = " ".join(hints).lower()
-    found = next((variant for variant in ("kontext", "krea") if variant in text), "")
-    return (found, ", guessed from its name") if found else ("dev", "")
+    found = next((variant for variant in ("kontext", "krea") if variant in text), "") if guided else ""
+    if not guided and _DE_DISTILLED.search(text):
+        found = "de-distilled"
+    return (found, ", guessed from its name") if found else ("dev" if guided else "schnell", "")
 
 
 def _prompt_numbers(variant: str, width: int, pooled: int) -> int:

@@ -44,7 +44,7 @@ _EDITORS = {384: "FLUX.1 Fill, made for inpainting", 128: "FLUX.1 Canny or Depth
 def matcher(family: str) -> Callable[[Mapping[str, TensorInfo]], bool]:
     """Return what tells the transformer of `FLUX.1` or `Chroma` from its names without prefix; torch-free."""
     return lambda tensors: any(
-        sign in tensors and all(name in tensors for name in blocks)
+        all(name in tensors and len(tensors[name].shape) == 2 for name in (sign, *blocks))
         for sign, blocks in zip(_LEARNED[family], _BLOCKS, strict=True)
     )
 
@@ -58,14 +58,14 @@ def find_transformer(files: BaseFiles, family: str) -> FoundWeights | None:
 
 def require_readable(files: BaseFiles, tensors: Mapping[str, TensorInfo]) -> None:
     """Raise BaseModelError where weights are packed in a number format that only its own library reads (nf4, int4)."""
-    strange = [
-        name for name, info in tensors.items() if info.dtype not in PRECISIONS and name.endswith("_mlp.0.weight")
-    ]
-    if strange or any(".quant_state." in name for name in tensors):
+    blocks = {name for names_of_blocks in _BLOCKS for name in names_of_blocks}
+    strange = [name for name in tensors if name in blocks and tensors[name].dtype not in PRECISIONS]
+    packed = any(".quant_state." in name for name in tensors) or files.config("transformer").get("quantization_config")
+    if strange or packed:
         raise BaseModelError(
             f"{files.origin} stores its weights packed, which lorasmith cannot read.",
-            why=f"{strange[0]} is {tensors[strange[0]].dtype}." if strange else "They have quantization states.",
-            fix="Choose the bf16, fp16 or fp8 file of this model; lorasmith can make it smaller itself while loading.",
+            why=f"{strange[0]} is {tensors[strange[0]].dtype}." if strange else "A quantization library made them.",
+            fix="Choose the bf16, fp16 or fp8 file of this model.",
         )
 
 
@@ -138,8 +138,15 @@ def load_transformer(files: BaseFiles, family: str, kind: Any, config_of: Any, d
     found = find_transformer(files, family)
     if found is None:
         raise BaseModelError(f"{files.origin} holds no {family} transformer.", why=files.describe())
+    try:
+        config = config_of(names.diffusers_shapes(found.tensors))
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        raise BaseModelError(
+            f"The transformer of {files.origin} does not fit its kind of model.",
+            why=f"Its sizes cannot be read from {error}.",
+            fix="Download it again, or choose another base model.",
+        ) from error
     weights = names.to_diffusers(read_weights(found, dtype))
-    config = config_of(names.diffusers_shapes(found.tensors))
     return fill_module(files, "transformer", kind, config, weights, dtype)
 
 

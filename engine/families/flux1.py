@@ -103,6 +103,8 @@ SPEC = FamilySpec(
         "krea": f"Train on Krea; use the LoRA on Krea, and try it on dev. {_NOT_COMMERCIAL}",
         "kontext": "Kontext edits pictures; here it is trained as a plain text-to-image model, without a picture to "
         f"edit. Use the LoRA on Kontext. {_NOT_COMMERCIAL}",
+        "de-distilled": "Train it as it is; use the LoRA on it, and try it on dev and schnell. The license of this model "
+        "says what you may do with it.",
         "schnell": "Train with the training adapter, which is fetched and is not part of your file; use the LoRA on "
         "schnell. Apache 2.0: you may use, sell and share your LoRA as you like.",
     },
@@ -250,7 +252,10 @@ class Flux1(FluxModel):
         generators: list[torch.Generator],
         after_step: AfterStep,
     ) -> torch.Tensor:
-        """Draw with diffusers' pipeline around the transformer; guidance is built in, so nothing reads `negative`."""
+        """Draw with diffusers' pipeline around the transformer.
+
+        Guidance is built in, so that only de-distilled models read `negative` and compute twice.
+        """
         from diffusers import FluxPipeline
 
         pipeline = FluxPipeline(
@@ -259,10 +264,15 @@ class Flux1(FluxModel):
             **dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")),
         )
         batch = self.collate(positive)
-        values = {
+        values: dict[str, Any] = {
             "prompt_embeds": batch["prompt_embeds"],
             "pooled_prompt_embeds": batch["pooled"],
             "generator": generators,
             "callback_on_step_end": after_step,
         }
+        if self.identity.variant == "de-distilled":
+            unwanted = self.collate(negative)
+            values["true_cfg_scale"] = settings.guidance
+            values["negative_prompt_embeds"] = unwanted["prompt_embeds"]
+            values["negative_pooled_prompt_embeds"] = unwanted["pooled"]
         return self.latents_drawn_by(pipeline, settings, values)

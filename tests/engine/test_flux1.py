@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -107,6 +108,25 @@ def test_pictures_are_those_of_the_diffusers_pipeline(folder: Path, schnell: Pat
     ).images
     positive, negative = family.encode_prompts(["a red circle", "a blue square"])
     (picture,) = family.draw([PictureRequest(positive, negative, 7)], DrawSettings(3, 2.5, 64, 96))
+    assert np.abs(np.asarray(picture).astype(int) - np.asarray(expected).astype(int)).max() <= 1
+
+
+def test_a_de_distilled_model_draws_with_a_real_guidance(schnell: Path, tmp_path: Path) -> None:
+    shutil.copytree(schnell, tmp_path / "OpenFLUX.1")
+    family, pipe = load(locate_base(str(tmp_path / "OpenFLUX.1"))), reference(schnell)
+    assert family.identity.variant == "de-distilled"
+    assert "training_adapter" not in family.identity.details
+    (expected,) = pipe(
+        prompt=["a red circle"],
+        negative_prompt=["a blue square"],
+        true_cfg_scale=3.5,
+        num_inference_steps=3,
+        height=64,
+        width=64,
+        generator=[torch.Generator().manual_seed(7)],
+    ).images
+    positive, negative = family.encode_prompts(["a red circle", "a blue square"])
+    (picture,) = family.draw([PictureRequest(positive, negative, 7)], DrawSettings(3, 3.5, 64, 64))
     assert np.abs(np.asarray(picture).astype(int) - np.asarray(expected).astype(int)).max() <= 1
 
 
@@ -508,6 +528,14 @@ def test_packed_weights_are_refused(tmp_path: Path, shapes: Mapping[str, tuple[i
         identify_base(named(tmp_path, "flux1-dev-bnb-nf4.safetensors", dict(shapes) | {mark: (80,)}))
 
 
+def test_a_packed_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "nf4")
+    config = tmp_path / "nf4" / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {"load_in_4bit": True}}))
+    with pytest.raises(BaseModelError, match="stores its weights packed"):
+        identify_base(locate_base(str(tmp_path / "nf4")))
+
+
 def test_missing_parts_are_named_with_the_settings_that_give_them(parts: BaseFiles) -> None:
     alone = dataclasses.replace(parts, vae_file=None, encoder_files=())
     with pytest.raises(BaseModelError, match="has no vae and no text_encoder and no text_encoder_2") as caught:
@@ -525,9 +553,12 @@ def test_a_missing_tokenizer_is_an_error_with_the_command_that_fetches_it(
     assert "hf download" in str(caught.value.fix)
 
 
-def test_a_transformer_that_lacks_a_weight_is_refused(folder: Path, parts: BaseFiles, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["single_blocks.1.linear2.weight", "double_blocks.0.img_attn.norm.query_norm.scale"])
+def test_a_transformer_that_lacks_a_weight_is_refused(
+    folder: Path, parts: BaseFiles, tmp_path: Path, name: str
+) -> None:
     weights = original_transformer(folder)
-    del weights["single_blocks.1.linear2.weight"]
+    del weights[name]
     path = split_files.write(tmp_path / "x.safetensors", weights)
     with pytest.raises(BaseModelError, match=r"transformer of .* does not fit"):
         load(dataclasses.replace(parts, path=path))
