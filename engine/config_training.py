@@ -33,8 +33,8 @@ class OptimizerSettings(Section):
         "ademamix8bit",
     ] = "adamw"
     """`prodigy` and `dadaptation` find their own learning rate (set learning_rate to 1); the `schedulefree` ones need
-    no schedule. The `8bit` ones keep their state in a quarter, that of weights with under 4096 numbers whole; the `paged`
-    ones spill that of weights with 100,000 and more, which a LoRA of small rank does not have."""
+    no schedule. The `8bit` ones keep their state in a quarter, that of weights with under 4096 numbers whole; the
+    `paged` ones spill that of weights with 100,000 and more, which a LoRA of small rank does not have."""
     learning_rate: Rate = 1e-4
     """Step size at the top of the schedule."""
     weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from lorasmith.engine.events import (
     to_record,
 )
 from lorasmith.engine.holdout import plan_held_out, require_pictures, split
-from lorasmith.engine.journal import replay
+from lorasmith.engine.journal import Journal, replay
 from lorasmith.engine.learner import Learner
 from lorasmith.engine.run_setup import read_dataset
 from lorasmith.engine.validation import Validator, noise_levels
@@ -199,7 +200,7 @@ def test_a_run_validates_between_save_and_preview_and_at_its_ends(tiny_sd15: Pat
         checkpoints={"every": 2},
         previews={"every": 2, "prompts": ["a"], "steps": 1},
     )
-    run, host = run_training(config)
+    _, host = run_training(config)
     assert names(host, StepsDone, CheckpointSaved, Validated, PreviewReady) == [
         "Validated",
         *["StepsDone", "CheckpointSaved", "Validated", "PreviewReady"] * 2,
@@ -209,8 +210,15 @@ def test_a_run_validates_between_save_and_preview_and_at_its_ends(tiny_sd15: Pat
     assert {(event.pictures, len(event.losses)) for event in told} == {(2, 3)}
     assert len({tuple(event.losses) for event in told}) == 3
     assert told[0].mean == pytest.approx(sum(told[0].losses) / 3)
-    assert [event for event in replay(run.journal) if isinstance(event, Validated)] == told
     assert from_record(to_record(told[0])) == told[0]
+
+
+def test_the_journal_keeps_validations_numbers_or_not(tmp_path: Path) -> None:
+    told = Validated(step=5, levels=[0.25, 0.75], losses=[0.5, math.inf], pictures=2)
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append(told)
+    journal.close()
+    assert list(replay(tmp_path / "journal.jsonl")) == [told]
 
 
 def test_validation_changes_no_bit_of_what_is_trained_and_a_resumed_run_continues_its_curve(

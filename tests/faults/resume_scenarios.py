@@ -12,13 +12,14 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from PIL import Image
 
 from lorasmith.engine.checkpoints import load_checkpoint
+from lorasmith.engine.combinations import ONE_RATE, SCHEDULE_FREE
 from lorasmith.engine.commands import Command
-from lorasmith.engine.config import RunConfig
+from lorasmith.engine.config import OptimizerSettings, RunConfig, ScheduleSettings
 from lorasmith.engine.events import RunStarted, StepsDone
 from lorasmith.engine.run_folder import RunFolder
 from tests.engine.running import RecordingHost, new_run, run_training, tiny_config
@@ -27,6 +28,10 @@ from tests.tiny import tiny_pictures
 
 STEPS = 30
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "prodigy", "lion")
+FURTHER_OPTIMIZERS = tuple(
+    name for name in get_args(OptimizerSettings.model_fields["name"].annotation) if name not in OPTIMIZERS
+)
+"""Those that meet one configuration each; `OPTIMIZERS` meet each value of every other setting."""
 Row = dict[str, Any]
 FACTORS: dict[str, tuple[Any, ...]] = {
     "accumulation": (1, 2, 4),
@@ -38,7 +43,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "pictures": ("one shape", "several shapes", "odd"),
     "text_encoder": (False, True),
     "optimizer": OPTIMIZERS,
-    "schedule": ("constant", "linear", "cosine", "cosine_restarts"),
+    "schedule": get_args(ScheduleSettings.model_fields["name"].annotation),
     "precision": ("fp32", "bf16", "fp16"),
 }
 EVERYTHING: dict[str, Row] = {
@@ -112,6 +117,12 @@ def covering_rows() -> list[Row]:
     return rows
 
 
+def row_of(optimizer: str) -> Row:
+    """Return a configuration for one of `FURTHER_OPTIMIZERS`, with as much on as it may have."""
+    row = EVERYTHING["everything on, fp32"] | {"kind": "lora", "text_encoder": False, "optimizer": optimizer}
+    return row | ({"schedule": "constant", "average": 0.0} if optimizer in SCHEDULE_FREE else {"schedule": "wsd"})
+
+
 def uncovered(rows: list[Row]) -> set[Any]:
     """Return the pairs of values that meet in none of `rows`."""
     wanted = {pair for one, other in itertools.combinations(FACTORS, 2) for pair in _pairs(one, other)}
@@ -154,13 +165,13 @@ def settings(row: Row, base: Path, folder: Path, steps: int = STEPS, **sections:
             "kind": row.get("kind", "lora"),
             "conv_rank": 1,
         },
-        "optimizer": {"name": row["optimizer"], "learning_rate": 1.0 if row["optimizer"] == "prodigy" else 1e-3},
+        "optimizer": {"name": row["optimizer"], "learning_rate": 1.0 if row["optimizer"] in ONE_RATE else 1e-3},
         "schedule": {"name": row["schedule"], "warmup_steps": 0 if row["schedule"] == "constant" else 4},
         "objective": {"min_snr_gamma": 5.0, "noise_offset": 0.1},
         "captions": {},
         "dataset": {"flip": row["crop"] != "center", "crop": row["crop"].partition(" ")[0]},
     }
-    if row["optimizer"] == "adamw8bit":
+    if "8bit" in row["optimizer"]:
         # Smaller weights keep their state in 32 bits.
         values["adapter"] |= {"rank": 64}
         values["optimizer"] |= {"lora_plus_ratio": 4.0}

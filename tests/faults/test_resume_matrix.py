@@ -22,6 +22,7 @@ from tests.faults.fault_server import FaultServer
 from tests.faults.resume_scenarios import (
     EVERYTHING,
     FACTORS,
+    FURTHER_OPTIMIZERS,
     OPTIMIZERS,
     STEPS,
     Row,
@@ -29,6 +30,7 @@ from tests.faults.resume_scenarios import (
     Trace,
     covering_rows,
     import_engine,
+    row_of,
     settings,
     trace,
     train,
@@ -37,6 +39,7 @@ from tests.faults.resume_scenarios import (
     train_with_cuts,
     uncovered,
 )
+from tests.faults.sampling import sampled
 
 Record = Callable[[int, str, str], None]
 SAMPLE_STEPS = 6
@@ -85,6 +88,19 @@ def test_cut_runs_equal_uncut_ones(
         assert not cut.differs_from(whole), row
         equal += len(cuts)
     record(5, f"cuts with {optimizer}, any two settings together", f"{equal} of {len(rows) * len(cuts)} equal")
+
+
+@pytest.mark.parametrize("optimizer", sampled(FURTHER_OPTIMIZERS, ("adamw_schedulefree", "dadaptation")))
+def test_cut_runs_of_further_optimizers_equal_uncut_ones(
+    optimizer: str, campaign: bool, record: Record, tiny_sd15: Path, tmp_path: Path
+) -> None:
+    steps = STEPS if campaign else SAMPLE_STEPS
+    config = settings(row_of(optimizer), tiny_sd15, tmp_path, steps)
+    _, whole = train_whole(config)
+    _, cut = train_with_cuts(config, CUTS[steps])
+    assert cut.resumed_from == [0, *CUTS[steps]]
+    assert not cut.differs_from(whole)
+    record(5, f"cuts with {optimizer}", f"{len(CUTS[steps])} of {len(CUTS[steps])} equal")
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
