@@ -103,8 +103,8 @@ SPEC = FamilySpec(
         "krea": f"Train on Krea; use the LoRA on Krea, and try it on dev. {_NOT_COMMERCIAL}",
         "kontext": "Kontext edits pictures; here it is trained as a plain text-to-image model, without a picture to "
         f"edit. Use the LoRA on Kontext. {_NOT_COMMERCIAL}",
-        "de-distilled": "Train it as it is; use the LoRA on it, and try it on dev and schnell. The license of this model "
-        "says what you may do with it.",
+        "de-distilled": "Train it as it is; use the LoRA on it, and try it on dev and schnell. Its own license says "
+        "what you may do with it.",
         "schnell": "Train with the training adapter, which is fetched and is not part of your file; use the LoRA on "
         "schnell. Apache 2.0: you may use, sell and share your LoRA as you like.",
     },
