@@ -147,10 +147,8 @@ class Learner:
         device = self.family.device
         latents = batch.latents.to(device, torch.float32, non_blocking=True)
         weights = batch.weights.to(device, non_blocking=True)
-        pixel_weights = batch.pixel_weights
-        if pixel_weights is not None:
-            pixel_weights = pixel_weights.to(device, non_blocking=True)
-        return self.objective.prepare(latents, weights, step, first, pixel_weights)
+        pixels = None if batch.pixel_weights is None else batch.pixel_weights.to(device, non_blocking=True)
+        return self.objective.prepare(latents, weights, step, first, pixels)
 
     def state(self, *, copy: bool = True) -> tuple[TensorGroups, dict[str, Any]]:
         """Return what a resume needs: tensors on the CPU by the names of `group_names`, and a JSON-ready rest.
