@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lorasmith.engine.families import Component, FamilySpec
 
 Shape = tuple[int, ...]
+_PATTERNS = ("include", "exclude", "block_ranks", "block_learning_rates")
 
 
 @dataclass(frozen=True)
@@ -60,25 +61,27 @@ def wanted_suffixes(spec: FamilySpec, settings: AdapterSettings, component: Comp
     return (*spec.targets[settings.targets], *convolutions)
 
 
-def require_patterns_found(
+def without_patterns(settings: AdapterSettings) -> AdapterSettings:
+    """Return the same settings for all layers of the targets."""
+    return settings.model_copy(update={name: [] for name in _PATTERNS})
+
+
+def unfound_patterns(
     candidates: Iterable[tuple[Component, str]], spec: FamilySpec, settings: AdapterSettings
-) -> None:
-    """Raise ConfigError that names a pattern found in none of the target layers, `candidates` (component, path)."""
-    names = [(component, path) for component, path in candidates]
-    patterns = [
-        *(("include", pattern) for pattern in settings.include),
-        *(("exclude", pattern) for pattern in settings.exclude),
-        *(("block_ranks", pattern) for pattern, _ in pairs(settings.block_ranks)),
-        *(("block_learning_rates", pattern) for pattern, _ in pairs(settings.block_learning_rates)),
+) -> list[str]:
+    """Return a sentence with its fix for each pattern in the settings that is found in none of the `candidates`.
+
+    Those are all layers (component, path) of the targets.
+    """
+    names = list(candidates)
+    example = f" ({spec.label} names its layers like {names[0][1]})" if names else ""
+    return [
+        f"adapter.{key}: {pattern} is found in no layer that adapter.targets = {settings.targets} takes{example}; "
+        "correct the pattern, take more layers with adapter.targets, or leave it out"
+        for key in _PATTERNS
+        for pattern in _patterns(settings, key)
+        if not any(_found(pattern, f"{component}.{path}", path) for component, path in names)
     ]
-    for key, pattern in patterns:
-        if not any(_found(pattern, f"{component}.{path}", path) for component, path in names):
-            example = names[0][1] if names else ""
-            raise ConfigError(
-                f"adapter.{key}: {pattern} is found in no layer that adapter.targets = {settings.targets} takes.",
-                why=f"{spec.label} names its layers like {example}." if example else "",
-                fix="Correct the pattern, take more layers with adapter.targets, or leave it out.",
-            )
 
 
 def tensor_shapes(shape: Shape, plan: LayerPlan, settings: AdapterSettings) -> dict[str, Shape]:
@@ -168,6 +171,16 @@ def _plan(name: str, path: str, shape: Shape, settings: AdapterSettings) -> Laye
             break
     rates = (float(value) for pattern, value in pairs(settings.block_learning_rates) if _found(pattern, name, path))
     return LayerPlan(rank, alpha, next(rates, 1.0))
+
+
+def has_patterns(settings: AdapterSettings) -> bool:
+    """Tell whether the settings take layers, or treat them, by their names."""
+    return any(getattr(settings, name) for name in _PATTERNS)
+
+
+def _patterns(settings: AdapterSettings, key: str) -> list[str]:
+    entries: list[str] = getattr(settings, key)
+    return [pattern for pattern, _ in pairs(entries)] if key.startswith("block_") else entries
 
 
 def _found(pattern: str, name: str, path: str) -> bool:

@@ -40,11 +40,13 @@ AdaptedLayers = Mapping[tuple[str, str], AdaptedLayer]
 def adapted_layers(settings: AdapterSettings, spec: FamilySpec, files: BaseFiles) -> AdaptedLayers | None:
     """Return the layers to adapt, or None where headers do not tell.
 
-    A single file in the original layout names convolutions and text encoders in ways that only loading translates.
+    A single file in the original layout names convolutions, text encoders and blocks in ways that only loading
+    translates.
     """
     single = files.kind == "single_file"
     convolutions = settings.kind == "locon" or settings.convolutions
-    if (single and (convolutions or settings.text_encoder)) or settings.targets not in spec.targets:
+    translated = convolutions or settings.text_encoder or adapter_layers.has_patterns(settings)
+    if (single and translated) or settings.targets not in spec.targets:
         return None
     parts = {"denoiser": denoiser_tensors(files)}
     if settings.text_encoder:
@@ -55,6 +57,14 @@ def adapted_layers(settings: AdapterSettings, spec: FamilySpec, files: BaseFiles
         for path, plan in adapter_layers.plan_layers(shapes, spec, settings, component).items():
             layers[component, path] = AdaptedLayer(shapes[path], plan)
     return layers or None
+
+
+def unfound_patterns(settings: AdapterSettings, spec: FamilySpec, files: BaseFiles) -> list[str]:
+    """Return a sentence with its fix for each pattern that is found in no layer, as far as headers tell."""
+    if not adapter_layers.has_patterns(settings) or files.kind == "single_file":
+        return []
+    candidates = adapted_layers(adapter_layers.without_patterns(settings), spec, files)
+    return adapter_layers.unfound_patterns(candidates, spec, settings) if candidates else []
 
 
 def denoiser_tensors(files: BaseFiles) -> dict[str, TensorInfo]:

@@ -180,6 +180,8 @@ def build_plan(
         warnings=(),
     )
     unsuited = base_contradictions(config, spec, identity) if spec is not None and identity is not None else []
+    if spec is not None and files is not None:
+        unsuited += memory.unfound_patterns(config.adapter, spec, files)
     layouts = compatibility_problems(config, spec, identity) if spec is not None else []
     return dataclasses.replace(plan, warnings=(*unsuited, *layouts, *_warnings(config, plan)))
 

@@ -36,7 +36,7 @@ from lorasmith.engine.families import BaseIdentity, Conditioning, Family, Family
 from lorasmith.engine.holdout import HeldOut, plan_held_out, require_pictures, split
 from lorasmith.engine.learner import Learner, build_learner
 from lorasmith.engine.lora_files import start_adapter
-from lorasmith.engine.memory import weights_bytes
+from lorasmith.engine.memory import unfound_patterns, weights_bytes
 from lorasmith.engine.out_of_memory import FREE_CACHE, Rung, Rungs
 from lorasmith.engine.previews import preview_prompts
 from lorasmith.engine.resume import is_extended
@@ -109,7 +109,8 @@ def find_base(config: RunConfig, emit: Callable[[Event], None]) -> FoundBase:
     if config.base.prediction != "auto":
         identity = dataclasses.replace(identity, prediction=config.base.prediction)
     emit(Logged(severity="info", message=f"Base model: {identity.label} ({files.origin})."))
-    if problems := base_contradictions(config, module.SPEC, identity):
+    problems = base_contradictions(config, module.SPEC, identity)
+    if problems := problems + unfound_patterns(config.adapter, module.SPEC, files):
         raise ConfigError(
             f"The settings do not suit the base model, {identity.label}: {'; '.join(problems)}.",
             fix="Change these settings, or choose another base model.",

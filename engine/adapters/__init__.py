@@ -15,7 +15,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lorasmith.engine.adapter_layers import plan_layers, require_patterns_found, wanted_suffixes
+from lorasmith.engine.adapter_layers import (
+    has_patterns,
+    plan_layers,
+    unfound_patterns,
+    wanted_suffixes,
+    without_patterns,
+)
 from lorasmith.engine.adapters.change import change_of, limit_norm
 from lorasmith.engine.adapters.first_weights import draw_first_weights
 from lorasmith.engine.adapters.injection import build_modules, weight_shapes, wrap_layers
@@ -25,7 +31,7 @@ from lorasmith.engine.adapters.module import UP as UP
 from lorasmith.engine.adapters.module import AdapterModule as AdapterModule
 from lorasmith.engine.adapters.module import Kind as Kind
 from lorasmith.engine.config import AdapterSettings
-from lorasmith.engine.errors import BaseModelError, CheckpointError
+from lorasmith.engine.errors import BaseModelError, CheckpointError, ConfigError
 from lorasmith.engine.families import Component, Family, FamilySpec
 
 _START = "start."
@@ -151,15 +157,14 @@ def _components(family: Family, settings: AdapterSettings) -> dict[Component, nn
 
 
 def _check_patterns(components: Mapping[Component, nn.Module], spec: FamilySpec, settings: AdapterSettings) -> None:
-    names = ("include", "exclude", "block_ranks", "block_learning_rates")
-    if any(getattr(settings, name) for name in names):
-        every = settings.model_copy(update={name: [] for name in names})
+    if has_patterns(settings):
         found = [
             (component, path)
             for component, root in components.items()
-            for path in plan_layers(weight_shapes(root), spec, every, component)
+            for path in plan_layers(weight_shapes(root), spec, without_patterns(settings), component)
         ]
-        require_patterns_found(found, spec, settings)
+        if problems := unfound_patterns(found, spec, settings):
+            raise ConfigError(f"{problems[0]}.")
 
 
 def _nothing_to_adapt(component: Component, spec: FamilySpec, settings: AdapterSettings) -> BaseModelError:

@@ -17,6 +17,8 @@ from lorasmith.engine.config_adapter import scale_of
 from lorasmith.engine.families import Component
 
 Shape = tuple[int, ...]
+_WHOLE = 1 << 30
+"""A rank from which on peft keeps a LoKr's factor whole: half the side of any layer's."""
 
 
 class RankDropout(nn.Module):
@@ -82,7 +84,7 @@ def _group_key(shape: Shape, plan: LayerPlan, settings: AdapterSettings) -> tupl
     if settings.kind == "oft":
         return block_size(shape[1], settings), 0.0
     if settings.kind == "lokr" and whole_factors(shape, plan.rank, settings):
-        return max(shape), plan.alpha  # from half of a factor's side on, peft keeps it whole
+        return _WHOLE, plan.alpha
     return plan.rank, plan.alpha
 
 

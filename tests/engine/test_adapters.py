@@ -19,6 +19,7 @@ from lorasmith.engine.disk_plan import plan_disk
 from lorasmith.engine.errors import BaseModelError, CheckpointError, ConfigError
 from lorasmith.engine.families import Family
 from lorasmith.engine.run_file import Layer, resolve_config
+from lorasmith.engine.run_setup import find_base
 from tests.engine.running import load_tiny, tiny_config
 
 LOCON = AdapterSettings(kind="locon", rank=4, alpha=2.0, conv_rank=3, conv_alpha=1.5)
@@ -241,8 +242,8 @@ def test_a_pattern_that_finds_no_layer_is_named(tiny_sd15: Path, setting: str, v
         ("block_learning_rates", "attn1=", "PATTERN=FACTOR"),
         ("block_learning_rates", "attn1=nan", "PATTERN=FACTOR"),
         ("block_learning_rates", "attn1=-1", "PATTERN=FACTOR"),
-        ("block_learning_rates", "=2", "PATTERN=FACTOR"),
-        ("block_ranks", "3", "PATTERN=RANK"),
+        ("block_learning_rates", "=2.5", "PATTERN=FACTOR"),
+        ("block_ranks", "128", "PATTERN=RANK"),
     ],
 )
 def test_a_pattern_that_cannot_be_read_is_refused_with_its_key(setting: str, value: str, words: str) -> None:
@@ -459,3 +460,43 @@ def test_forecasts_of_files_know_that_pissa_is_shared_at_twice_the_rank(tiny_sd1
     pissa = plan_disk(tiny_config(tiny_sd15, tmp_path, adapter=twice), 1_000_000)
     assert pissa.export - plain.export == 2_000_000
     assert pissa.checkpoints - plain.checkpoints == 4_000_000 * plain.num_checkpoints
+
+
+def test_a_pattern_without_a_layer_is_told_from_headers_before_anything_is_loaded(
+    tiny_sd15: Path, tmp_path: Path
+) -> None:
+    settings = {"include": ["attn1"], "block_ranks": ["attn7=4", "attn2=4"]}
+    config = tiny_config(tiny_sd15, tmp_path, adapter=settings)
+    with pytest.raises(ConfigError, match=r"adapter\.block_ranks: attn7 is found in no layer") as caught:
+        find_base(config, lambda event: None)
+    assert "attn2" not in str(caught.value)
+    fine = tiny_config(tiny_sd15, tmp_path, adapter={"include": ["attn1"], "block_ranks": ["attn1.to_q=4"]})
+    assert find_base(fine, lambda event: None).identity.family == "sd15"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kind": "dora", "convolutions": True},
+        {"kind": "lokr", "rank_dropout": 0.5},
+        {"kind": "locon", "rank_dropout": 0.5, "dropout": 0.5},
+        {"kind": "boft", "block_size": 4},
+        {"kind": "oft", "block_size": 4},
+        {"init": "pissa"},
+    ],
+)
+def test_activations_that_are_computed_again_give_the_same_gradients(tiny_sd15: Path, settings: dict[str, Any]) -> None:
+    family = load_tiny(tiny_sd15)
+    adapter = attach_adapter(family, AdapterSettings(rank=4, alpha=2.0, **settings), seed=1)
+    adapter.train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            family.denoiser.enable_gradient_checkpointing()
+        torch.manual_seed(0)
+        predict(family).square().mean().backward()
+        gradients.append([parameter.grad for parameter in adapter.parameters()])
+        for parameter in adapter.parameters():
+            parameter.grad = None
+    assert any(gradient.any() for gradient in gradients[0])
+    assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
