@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorasmith.engine.checkpoints import newest_checkpoint
+from lorasmith.engine.combinations import ONE_RATE, SCHEDULE_FREE
 from lorasmith.engine.commands import Command
 from lorasmith.engine.config import RunConfig
 from lorasmith.engine.controls import Controls
@@ -143,10 +144,11 @@ class Loaded:
 
 def hard_config(loaded: Loaded, optimizer: str, accumulation: int) -> RunConfig:
     """Return settings with everything on that a bad step could change."""
+    free = optimizer in SCHEDULE_FREE
     return loaded.config(
-        optimizer={"name": optimizer, "learning_rate": 1.0 if optimizer == "prodigy" else 1e-3},
-        train={"steps": 9, "gradient_accumulation": accumulation, "ema_decay": 0.9},
-        schedule={"name": "cosine", "warmup_steps": 3},
+        optimizer={"name": optimizer, "learning_rate": 1.0 if optimizer in ONE_RATE else 1e-3},
+        train={"steps": 9, "gradient_accumulation": accumulation, "ema_decay": 0.0 if free else 0.9},
+        schedule={"name": "constant" if free else "cosine", "warmup_steps": 3},
         adapter={"rank": 2, "alpha": 2.0, "dropout": 0.1},
     )
 
@@ -172,7 +174,7 @@ def test_a_bad_step_changes_no_bit_of_weights_optimizer_and_average(
     )
 
 
-@pytest.mark.parametrize("optimizer", ["lion", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["lion", "adafactor", "came", "adamw_schedulefree"])
 def test_where_only_the_device_knows_that_a_step_was_bad_it_changes_no_bit_either(
     optimizer: str, loaded: Loaded, inject: Inject
 ) -> None:
