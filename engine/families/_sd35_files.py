@@ -16,6 +16,7 @@ from lorasmith.engine.families import _autoencoder as autoencoder
 from lorasmith.engine.families import _encoder_clip as clip
 from lorasmith.engine.families import _encoder_t5 as t5
 from lorasmith.engine.families import _loading as loading
+from lorasmith.engine.families._part_checks import require_fitting
 from lorasmith.engine.families._weights import FoundWeights, fill_module, find_weights, read_weights, stored_precision
 
 if TYPE_CHECKING:
@@ -105,10 +106,13 @@ def transformer_shape(tensors: Mapping[str, TensorInfo]) -> TransformerShape | N
     for names in (_ORIGINAL, _DIFFUSERS):
         wanted = (names.patches, names.joint, names.pooled, names.places)
         patches, joint, pooled, places = (tensors.get(name) for name in wanted)
-        if not (patches and joint and pooled and places) or len(patches.shape) != 4 or len(places.shape) != 3:
+        if not (patches and joint and pooled and places):
             continue
-        blocks = {int(name.split(".")[1]) for name in tensors if name.startswith(names.blocks)}
-        dual = {int(name.split(".")[1]) for name in tensors if name.startswith(names.blocks) and ".attn2." in name}
+        if [len(info.shape) for info in (patches, joint, pooled, places)] != [4, 2, 2, 3]:
+            continue
+        layers = [name for name in tensors if name.startswith(names.blocks) and name.split(".")[1].isdigit()]
+        blocks = {int(name.split(".")[1]) for name in layers}
+        dual = {int(name.split(".")[1]) for name in layers if ".attn2." in name}
         norm = tensors.get(f"{names.blocks}0.{names.norm}")
         if not blocks:
             continue
@@ -204,16 +208,17 @@ def _missing_parts(files: BaseFiles) -> tuple[tuple[str, ...], bool]:
     return tuple(missing), third
 
 
-def require_parts(files: BaseFiles, identity: BaseIdentity) -> None:
-    """Raise BaseModelError naming the parts that are missing, and how to give them."""
-    if not identity.parts_missing:
-        return
-    names = " and no ".join(identity.parts_missing)
-    raise BaseModelError(
-        f"{files.origin} has no {names}.",
-        fix="Choose a complete base model, or give the parts apart: the autoencoder as base.vae; clip_l.safetensors, "
-        "clip_g.safetensors and, if wanted, t5xxl_fp16.safetensors as base.text_encoders.",
-    )
+def require_parts(files: BaseFiles, identity: BaseIdentity, latent_channels: int) -> None:
+    """Raise BaseModelError naming the parts that are missing or belong to another model, and how to give them."""
+    if identity.parts_missing:
+        raise BaseModelError(
+            f"{files.origin} has no {' and no '.join(identity.parts_missing)}.",
+            fix="Choose a complete base model, or give the parts apart: the autoencoder as base.vae; "
+            "clip_l.safetensors, clip_g.safetensors and, if wanted, t5xxl_fp16.safetensors as base.text_encoders.",
+        )
+    found = find_transformer(files) if files.kind == "single_file" else None
+    shape = transformer_shape(found.tensors) if found else None
+    require_fitting(files, latent_channels=latent_channels, clip_width=shape.pooled if shape else 0)
 
 
 def load_transformer(files: BaseFiles, dtype: torch.dtype) -> Any:

@@ -121,7 +121,9 @@ def unet_shape(tensors: Mapping[str, TensorInfo]) -> UNetShape | None:
     if not (first and last and added and context) or fourth in tensors:
         return None
     depths = tuple(_depth(tensors, begin) for begin in blocks)
-    if len(first.shape) != 4 or first.shape[1] != last.shape[0] or len(context.shape) != 2 or depths[0]:
+    if [len(info.shape) for info in (first, last, added, context)] != [4, 4, 2, 2]:
+        return None
+    if first.shape[1] != last.shape[0] or depths[0]:
         return None
     pooled = added.shape[1] - _SIZE_NUMBERS * SIZE_WIDTH
     return UNetShape(first.shape[0], first.shape[1], context.shape[1], pooled, depths, original)

@@ -10,6 +10,7 @@ from lorasmith.engine.families import BaseIdentity, Component
 from lorasmith.engine.families import _autoencoder as autoencoder
 from lorasmith.engine.families import _encoder_clip as clip
 from lorasmith.engine.families import _loading as loading
+from lorasmith.engine.families._part_checks import require_fitting
 from lorasmith.engine.families._sdxl_identify import SIZE_WIDTH, find_unet, unet_shape
 from lorasmith.engine.families._weights import fill_module, read_weights
 
@@ -118,18 +119,21 @@ def overflows(files: BaseFiles) -> bool:
     return apart or bool(files.config("vae").get("force_upcast", True))
 
 
-def require_parts(files: BaseFiles, identity: BaseIdentity) -> None:
-    """Raise BaseModelError naming the parts that are missing, and how to give them."""
-    if not identity.parts_missing:
-        return
+def require_parts(files: BaseFiles, identity: BaseIdentity, latent_channels: int) -> None:
+    """Raise BaseModelError naming the parts that are missing or belong to another model, and how to give them."""
     names = " and no ".join(identity.parts_missing)
-    if files.kind == "folder":
+    if names and files.kind == "folder":
         raise loading.missing_part(files, names)
-    raise BaseModelError(
-        f"{files.origin} has no {names}.",
-        fix="Give the missing files: base.vae for the vae (sdxl_vae.safetensors), base.text_encoders for text_encoder "
-        "(clip_l.safetensors) and text_encoder_2 (clip_g.safetensors); or choose a complete checkpoint.",
-    )
+    if names:
+        raise BaseModelError(
+            f"{files.origin} has no {names}.",
+            fix="Give the missing files: base.vae for the vae (sdxl_vae.safetensors), base.text_encoders for "
+            "text_encoder (clip_l.safetensors) and text_encoder_2 (clip_g.safetensors); or choose a complete "
+            "checkpoint.",
+        )
+    found = find_unet(files) if files.kind == "single_file" else None
+    shape = unet_shape(found.tensors) if found else None
+    require_fitting(files, latent_channels=latent_channels, clip_width=shape.context if shape else 0)
 
 
 def draw_pipeline(unet: Any, noise_schedule: Mapping[str, Any], downscale: int) -> Any:

@@ -105,7 +105,7 @@ def load(
 
     Raises BaseModelError naming the part that is missing or does not fit.
     """
-    own.require_parts(files, identity)
+    own.require_parts(files, identity, SPEC.latent_channels)
     return StableDiffusion3(files, identity, device, dtype, apart=apart)
 
 

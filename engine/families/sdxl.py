@@ -98,7 +98,7 @@ def load(
     `identity.prediction` wins over the files' own, so that a wrong scheduler configuration can be overruled.
     Raises BaseModelError naming the part that is missing or does not fit.
     """
-    parts.require_parts(files, identity)
+    parts.require_parts(files, identity, SPEC.latent_channels)
     return StableDiffusionXL(files, identity, device, dtype, apart=apart)
 
 

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from lorasmith.engine.errors import BaseModelError
-from lorasmith.engine.families import Family, families, identify_base, sd35, usual_drawing
+from lorasmith.engine.families import Family, families, identify_base, present_text_parts, sd35, usual_drawing
 from lorasmith.engine.sources import BaseFiles, locate_base
 from tests import split_files
 from tests.engine.loaded_models import CPU, full_size_sd35, load, pixels, predicted
-from tests.tiny_sd35 import FIRST, JOINT, SECOND, TinyFiles, build_tiny_files, original_name
+from tests.tiny_sd35 import FIRST, JOINT, SECOND, TinyFiles, build_tiny_files, build_tiny_sd35, original_name
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +154,14 @@ def test_a_folder_that_lost_its_t5_says_so_and_a_small_one_draws_as_the_family(
     assert identity is not None
     assert identity.parts_missing == ()
     assert identity.details["license"] == "stabilityai-ai-community"
+
+
+def test_what_is_cached_without_t5_is_found_by_the_encoders_that_are_there(tmp_path: Path) -> None:
+    located = locate_base(str(build_tiny_sd35(tmp_path / "base", with_t5=False)))
+    identity = sd35.identify(located)
+    assert identity is not None
+    parts = present_text_parts(sd35.SPEC, identity)
+    assert parts == ("text_encoder", "text_encoder_2")
+    assert len(located.fingerprint(*parts)) == 64
+    with pytest.raises(BaseModelError, match="no text_encoder_3"):
+        located.fingerprint(*sd35.SPEC.text_parts)

@@ -16,7 +16,7 @@ from lorasmith.engine.families import Family, families, identify_base, sdxl
 from lorasmith.engine.sources import BaseFiles, locate_base
 from tests import split_files
 from tests.engine.loaded_models import CPU, full_size_sdxl, load, pixels, predicted
-from tests.tiny_sdxl import FIRST, SECOND, build_tiny_sdxl
+from tests.tiny_sdxl import FIRST, SECOND, build_tiny_sdxl, tiny_clip
 from tests.tiny_sdxl_files import TinyFiles, build_tiny_files, sdxl_unet_name
 
 
@@ -101,7 +101,21 @@ def test_a_unet_alone_is_recognized_and_its_missing_parts_told_with_their_settin
         assert "base.vae" in caught.value.fix
 
 
-def test_a_damaged_or_foreign_part_is_refused_by_name(
+def test_parts_of_another_model_are_refused_before_anything_is_loaded(files: TinyFiles, tmp_path: Path) -> None:
+    first, second = files.encoders
+    other = split_files.write(tmp_path / "clip_h.safetensors", tiny_clip(48, projected=True).state_dict())
+    wide = load_file(files.vae) | {"decoder.conv_in.weight": torch.zeros(8, 16, 3, 3)}
+    vae = split_files.write(tmp_path / "ae.safetensors", wide)
+    for located, words in (
+        (BaseFiles("single_file", files.unet, "unet", files.vae, (first, other)), "clip_h.safetensors and clip_l"),
+        (BaseFiles("single_file", files.unet, "unet", vae, (first, second)), "autoencoder in ae.safetensors"),
+        (BaseFiles("folder", files.folder, "folder", vae), "autoencoder in ae.safetensors"),
+    ):
+        with pytest.raises(BaseModelError, match=f"{words}.* belongs? to another base model"):
+            load(located)
+
+
+def test_a_damaged_unet_is_refused_with_the_weight_that_lacks(
     files: TinyFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORASMITH_TOKENIZERS", str(files.folder.parent))
