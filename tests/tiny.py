@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from tests.tiny_anima import build_tiny_anima
 from tests.tiny_chroma import build_tiny_chroma
 from tests.tiny_flux1 import build_tiny_flux1
 from tests.tiny_flux2 import build_tiny_flux2
@@ -88,6 +89,7 @@ TINY_BUILDERS: dict[str, Callable[[Path], Path]] = {
     "z_image": build_tiny_z_image,
     "lumina2": build_tiny_lumina2,
     "krea2": build_tiny_krea2,
+    "anima": build_tiny_anima,
 }
 """One builder a family, by family name: the contract tests run over these."""
 
