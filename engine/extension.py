@@ -34,7 +34,7 @@ _SHAPES = {
     "cosine_restarts": "the cosines with restarts begin anew",
     "polynomial": "the polynomial fall begins anew",
     "rex": "the REX fall begins anew",
-    "wsd": "the rate stays, then falls over the last part,",
+    "wsd": "the stable part with its fall begins anew",
     "inverse_sqrt": "the fall by the square root begins anew",
 }
 

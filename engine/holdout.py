@@ -37,8 +37,8 @@ def split(dataset: Dataset, config: RunConfig) -> tuple[Dataset, tuple[ImageItem
 
     Each picture has its place in a line that only the seed and its content decide, and the first are held out: as many
     as `validation.share` says, at least one and at most `validation.max_pictures`. So each picture that is added can
-    move at most one of them. All copies of a picture are held out with it; regularization pictures never are, and one
-    picture always stays to train on.
+    move at most one of them. All copies of a picture leave the training with it, but regularization pictures are never
+    measured, and one picture of its own always stays to train on.
     """
     settings = config.validation
     contents = {item.sha256 for item in dataset.items if not item.regularization}

@@ -115,6 +115,18 @@ def test_the_checkpoint_keeps_raw_and_averaged_weights_and_the_export_holds_the_
         assert_holds(tmp_path / "again" / f"{name}.safetensors", weights)
 
 
+def test_a_schedule_free_run_saves_both_weights_and_shares_the_averaged(tiny_sd15: Path, tmp_path: Path) -> None:
+    optimizer = {"name": "adamw_schedulefree", "learning_rate": 1e-2}
+    config = tiny_config(
+        tiny_sd15, tmp_path, optimizer=optimizer, export={"precision": "fp32", "layouts": ["diffusers"]}
+    )
+    run, _ = run_training(config)
+    checkpoint = load_checkpoint(run.checkpoints, 4)
+    raw, averaged = checkpoint.tensors("adapter"), checkpoint.tensors("ema")
+    assert not all(torch.equal(raw[key], averaged[key]) for key in raw)
+    assert_holds(next(run.export.glob("*.safetensors")), averaged)
+
+
 def assert_holds(path: Path, weights: dict[str, torch.Tensor]) -> None:
     downs = {key: value for key, value in load_file(path).items() if key.endswith("lora_A.weight")}
     assert downs

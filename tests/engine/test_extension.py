@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from lorasmith.engine import extension
 from lorasmith.engine.checkpoints import newest_checkpoint, save_checkpoint
-from lorasmith.engine.config import RunConfig
+from lorasmith.engine.config import RunConfig, ScheduleSettings
 from lorasmith.engine.errors import CheckpointError, ConfigError, RunLockedError
 from lorasmith.engine.extension import Extension, apply_extension, plan_extension
 from lorasmith.engine.lr_schedules import lr_factor
@@ -282,3 +283,7 @@ def test_checkpoints_of_older_versions_without_the_new_settings_are_resumed(tmp_
     assert starts_at(run) == 40
     apply_extension(run, plan(run, 2000))
     assert starts_at(run) == 40
+
+
+def test_every_schedule_has_words_for_how_it_goes_on() -> None:
+    assert set(extension._SHAPES) == set(get_args(ScheduleSettings.model_fields["name"].annotation))

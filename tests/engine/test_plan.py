@@ -282,3 +282,14 @@ def test_torch_is_not_needed(tmp_path: Path, tiny_sd15: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code, str(tiny_sd15)], capture_output=True, text=True, check=True)
     assert int(result.stdout) > 0
+
+
+def test_held_out_pictures_are_not_counted_as_trained(tmp_path: Path) -> None:
+    settings, dataset = pictures(tmp_path)
+    plan = build_plan(resolved(tmp_path, dataset=settings, validation={"every": 10}), None, dataset)
+    assert plan.pictures == 2
+
+
+def test_a_setting_without_meaning_for_the_base_is_a_warning(tiny_sd15: Path, tmp_path: Path) -> None:
+    plan = plan_for(tiny_sd15, tmp_path, objective={"timestep_sampling": "sigmoid"})
+    assert any(warning.startswith("objective.timestep_sampling has no meaning") for warning in plan.warnings)
