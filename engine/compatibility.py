@@ -83,7 +83,7 @@ def why_not(spec: FamilySpec, adapter: AdapterSettings, layout: str, program: st
     if not program or program in programs:
         return ""
     if not _can_hold(spec, adapter.kind, layout):
-        return f"it stores layers fused with others, which a {LABELS[adapter.kind]} cannot be"
+        return f"it stores layers fused with others, which {_named(adapter.kind)} cannot be"
     return _losses(adapter.kind, layout).get(program, _NO_NAMES) if program in usual else _NO_NAMES
 
 
@@ -121,8 +121,8 @@ def layout_errors(config: RunConfig, spec: FamilySpec) -> list[str]:
             )
         elif not _can_hold(spec, config.adapter.kind, layout):
             found.append(
-                f"export.layouts: the {layout} layout stores layers of {spec.label} fused with others, which a "
-                f"{LABELS[config.adapter.kind]} cannot be. {_instead(spec, config.adapter.kind)}."
+                f"export.layouts: the {layout} layout stores layers of {spec.label} fused with others, which "
+                f"{_named(config.adapter.kind)} cannot be. {_instead(spec, config.adapter.kind)}."
             )
         elif config.adapter.text_encoder and (component := _nameless_encoder(spec, layout)):
             others = [other for other in spec.layouts if not _nameless_encoder(spec, other)]
@@ -144,6 +144,10 @@ def missing_training_adapter(base: BaseSettings, identity: BaseIdentity) -> str:
     )
 
 
+def _named(kind: str) -> str:
+    return f"{'an' if kind == 'oft' else 'a'} {LABELS[kind]}"
+
+
 def _losses(kind: str, layout: str) -> dict[str, str]:
     if kind == "dora":
         return _LOSSES["dora", "lora_magnitude_vector" if layout == "diffusers" else "dora_scale"]
@@ -152,22 +156,21 @@ def _losses(kind: str, layout: str) -> dict[str, str]:
 
 def _loss_words(adapter: AdapterSettings, spec: FamilySpec, layout: str, chosen: list[str]) -> str:
     """Return which programs do not load this kind from `layout`, though they load a LoRA, and what to do."""
-    label, programs = LABELS[adapter.kind], loads_in(spec, adapter, layout)
+    label, programs = _named(adapter.kind), loads_in(spec, adapter, layout)
     lost = [program for program in spec.readers.get(layout, ()) if program not in programs]
     if not lost:
         return ""
     why = why_not(spec, adapter, layout, lost[0])
     if not programs:
         fix = _instead(spec, adapter.kind)
-        return f"No program that lorasmith knows loads a {label} from the {layout} layout: {why}. {fix}."
+        return f"No program that lorasmith knows loads {label} from the {layout} layout: {why}. {fix}."
     elsewhere = [
         other for other in spec.layouts if other not in chosen and set(lost) & set(loads_in(spec, adapter, other))
     ]
     fix = f"add {elsewhere[0]} to export.layouts" if elsewhere else "choose adapter.kind = lora where you need it there"
-    return (
-        f"A {label} in the {layout} layout is loaded by {' and '.join(programs)}, not by {' and '.join(lost)}: {why}. "
-        f"If you use {' or '.join(lost)}, {fix}."
-    )
+    what = f"{label[0].upper()}{label[1:]} in the {layout} layout"
+    who = f"is loaded by {' and '.join(programs)}, not by {' and '.join(lost)}"
+    return f"{what} {who}: {why}. If you use {' or '.join(lost)}, {fix}."
 
 
 def _can_hold(spec: FamilySpec, kind: str, layout: str) -> bool:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from lorasmith.engine.families import families
 
 if TYPE_CHECKING:
-    from lorasmith.engine.config import CaptionSettings, ObjectiveSettings, RunConfig
+    from lorasmith.engine.config import AdapterSettings, CaptionSettings, ObjectiveSettings, RunConfig
     from lorasmith.engine.dataset.items import Dataset
     from lorasmith.engine.families import BaseIdentity, FamilySpec
 
@@ -136,19 +136,34 @@ def safe_label(text: str) -> str:
 
 def _network_keys(config: RunConfig) -> dict[str, str]:
     adapter = config.adapter
-    arguments: dict[str, str] = {}
-    if adapter.kind == "locon":
-        # Kohya's own spelling of a LoRA with convolutions.
-        arguments = {"conv_dim": str(adapter.conv_rank), "conv_alpha": str(adapter.conv_alpha)}
+    module, arguments = _network_module(adapter)
+    if adapter.kind == "locon" or adapter.convolutions:
+        arguments |= {"conv_dim": str(adapter.conv_rank), "conv_alpha": str(adapter.conv_alpha)}
+    if adapter.rslora:
+        arguments["rs_lora"] = "True"
     if config.optimizer.lora_plus_ratio != 1.0:
         arguments["loraplus_lr_ratio"] = str(config.optimizer.lora_plus_ratio)
     return {
-        "ss_network_module": "networks.lora",
+        "ss_network_module": module,
         "ss_network_dim": str(adapter.rank),
         "ss_network_alpha": str(adapter.alpha),
         "ss_network_dropout": _or_none(adapter.dropout),
         "ss_network_args": json.dumps(arguments),
     }
+
+
+def _network_module(adapter: AdapterSettings) -> tuple[str, dict[str, str]]:
+    """Return the code that trains such an adapter elsewhere, and what it is told: Kohya's, LyCORIS' or peft's."""
+    if adapter.kind in ("lora", "locon"):
+        return "networks.lora", {}
+    if adapter.kind in ("oft", "boft"):
+        return "peft", {"algo": adapter.kind, "block_size": str(adapter.block_size)}
+    if adapter.kind == "dora":
+        return "lycoris.kohya", {"algo": "lora", "dora_wd": "True", "wd_on_output": "True"}
+    arguments = {"algo": adapter.kind}
+    if adapter.kind == "lokr":
+        arguments |= {"factor": str(adapter.lokr_factor or -1), "full_matrix": str(adapter.lokr_full)}
+    return "lycoris.kohya", arguments
 
 
 def _training_keys(config: RunConfig, identity: BaseIdentity) -> dict[str, str]:

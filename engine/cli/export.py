@@ -13,7 +13,7 @@ from lorasmith.engine.run_file import Layer, flatten, resolve_config
 
 if TYPE_CHECKING:
     from lorasmith.engine.checkpoints import Checkpoint
-    from lorasmith.engine.config import RunConfig
+    from lorasmith.engine.config import ExportSettings, RunConfig
     from lorasmith.engine.export import DatasetFacts, ExportResult
     from lorasmith.engine.session import RunFolder
 
@@ -22,7 +22,8 @@ def export(
     run_folder: Annotated[Path, typer.Argument(metavar="RUNFOLDER", help="A run with a checkpoint.")],
     step: Annotated[int | None, typer.Option(help="The checkpoint of this step; else the newest intact one.")] = None,
     layout: Annotated[
-        list[str] | None, typer.Option(help="kohya or diffusers; may be repeated. Else the run's own.")
+        list[str] | None,
+        typer.Option(help="kohya, diffusers or comfyui, as the base model has; may be repeated. Else the run's own."),
     ] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16. Else the run's own.")] = None,
     output: Annotated[
@@ -42,7 +43,8 @@ def export(
     changes = ({"layouts": layout} if layout else {}) | ({"precision": precision} if precision else {})
     stored = Layer("checkpoint", flatten(checkpoint.state["config"]))
     config = resolve_config([stored, Layer("command line", {"export": changes})]).config
-    results = _write(run, checkpoint, config, output or run.export, raw=raw)
+    usual = resolve_config([stored]).config.export
+    results = _write(run, checkpoint, config, output or run.export, usual, raw=raw)
     if as_json:
         say_json([{"step": checkpoint.step, "path": str(r.path), "layout": r.layout, "keys": r.keys} for r in results])
         return
@@ -69,16 +71,21 @@ def _find(run: RunFolder, step: int | None) -> Checkpoint:
     return checkpoint
 
 
-def _write(run: RunFolder, checkpoint: Checkpoint, config: RunConfig, folder: Path, *, raw: bool) -> list[ExportResult]:
+def _write(
+    run: RunFolder, checkpoint: Checkpoint, config: RunConfig, folder: Path, usual: ExportSettings, *, raw: bool
+) -> list[ExportResult]:
+    """Export; the layout that the run itself writes first keeps the plain name, so that no other takes its place."""
     import torch
 
     from lorasmith.engine.adapters import attach_adapter
+    from lorasmith.engine.compatibility import chosen_layouts, require_compatible
     from lorasmith.engine.export import build_metadata, export_lora
     from lorasmith.engine.families import identify_base
     from lorasmith.engine.sources import locate_configured
 
     files = locate_configured(config.base)
     module, identity = identify_base(files, config.base.family)
+    require_compatible(config, module.SPEC)
     family = module.load(files, identity, torch.device("cpu"), torch.float32)
     adapter = attach_adapter(family, config.adapter, config.run.seed)
     averaged = "ema" in checkpoint.groups and not raw
@@ -91,7 +98,8 @@ def _write(run: RunFolder, checkpoint: Checkpoint, config: RunConfig, folder: Pa
     if "ema" in checkpoint.groups and raw:
         name += "-raw"
     metadata = build_metadata(config, identity, _facts(config, module.SPEC.pixel_multiple), step=checkpoint.step)
-    return export_lora(family, adapter, config, folder, name, metadata, checkpoint.step)
+    plain = chosen_layouts(usual, module.SPEC)[0]
+    return export_lora(family, adapter, config, folder, name, metadata, checkpoint.step, plain_layout=plain)
 
 
 def _planned_steps(run: RunFolder, config: RunConfig) -> int:

@@ -118,7 +118,7 @@ class LayerNames:
             renamed = renamed.replace(old, new)
         for old, new in _SGM_LAYERS:
             renamed = re.sub(rf"{old}$", new, renamed)
-        return renamed.removeprefix("lora_unet_")
+        return str(renamed).removeprefix("lora_unet_")
 
     def _find_fused(self, component: Component, flat: str) -> list[Target]:
         for fused, parts in _FUSED.items():

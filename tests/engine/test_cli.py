@@ -182,7 +182,7 @@ def test_plan_as_json_lists_every_setting_for_scripts(capsys: pytest.CaptureFixt
     listed = json.loads(capsys.readouterr().out)
     assert list(listed) == [key for key, _ in setting_fields()]
     assert listed["train.steps"]["default"] == 1000
-    assert listed["export.layouts"]["allowed"] == "kohya, diffusers"
+    assert listed["export.layouts"]["allowed"] == "auto, kohya, diffusers, comfyui"
 
 
 def test_plan_reads_base_and_pictures_and_writes_nothing(
