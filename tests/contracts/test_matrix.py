@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from lorasmith.engine.adapters import Adapter, attach_adapter
 from lorasmith.engine.commands import Command
-from lorasmith.engine.compatibility import chosen_layouts, loads_in, why_not
-from lorasmith.engine.config import RunConfig
+from lorasmith.engine.compatibility import chosen_layouts, compatibility_problems, layout_errors, loads_in
+from lorasmith.engine.config import AdapterSettings, ExportSettings, RunConfig
 from lorasmith.engine.events import ExportDone, PreviewReady
-from lorasmith.engine.families import Conditioning, Family, families, identify_base
+from lorasmith.engine.families import Conditioning, Family, FamilySpec, families, identify_base
 from lorasmith.engine.learner import Learner
 from lorasmith.engine.lora_files import start_adapter
 from lorasmith.engine.out_of_memory import Rungs
@@ -61,7 +61,7 @@ def cell(family: str, adapter: str, bases: dict[str, Path], tmp_path: Path) -> C
     """The settings of a run of four steps that saves and draws after the second."""
     spec = families()[family].SPEC
     settings = {"rank": 2, "alpha": 2.0, **ADAPTERS[adapter]}
-    layouts = [name for name in spec.layouts if not why_not_written(spec, settings, name)]
+    layouts = [name for name in spec.layouts if can_be_written(spec, settings, name)]
     config = tiny_config(
         bases[family],
         tmp_path,
@@ -74,12 +74,10 @@ def cell(family: str, adapter: str, bases: dict[str, Path], tmp_path: Path) -> C
     return Cell(family, bases[family], config)
 
 
-def why_not_written(spec: Any, settings: dict[str, Any], layout: str) -> str:
-    """The reason why no file of this layout can hold the adapter; "" where it can."""
-    from lorasmith.engine.config import AdapterSettings
-
-    chosen = AdapterSettings(**settings)
-    return "" if loads_in(spec, chosen, layout) else why_not(spec, chosen, layout)
+def can_be_written(spec: FamilySpec, settings: dict[str, Any], layout: str) -> bool:
+    """Whether a file of this layout can hold the adapter."""
+    config = RunConfig(adapter=AdapterSettings(**settings), export=ExportSettings(layouts=[layout]))  # type: ignore[list-item]
+    return not layout_errors(config, spec)
 
 
 def build(cell: Cell) -> tuple[Learner, Adapter, Family]:
@@ -182,9 +180,6 @@ def test_the_covering_part_has_every_family_and_every_adapter_twice() -> None:
 def test_an_adapter_that_no_layout_of_the_base_can_hold_is_refused_before_the_training(
     bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    from lorasmith.engine.compatibility import compatibility_problems
-    from lorasmith.engine.config import AdapterSettings
-
     for name, module in families().items():
         for settings in ADAPTERS.values():
             chosen = AdapterSettings(rank=2, alpha=2.0, **settings)
