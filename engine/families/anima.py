@@ -250,7 +250,7 @@ class Anima(LoadedModel):
 
         side = SPEC.latent_downscale
         shape = (len(positive), SPEC.latent_channels, settings.height // side, settings.width // side)
-        latents = randn_tensor(shape, generator=generators, device=self.device, dtype=torch.float32)
+        latents: torch.Tensor = randn_tensor(shape, generator=generators, device=self.device, dtype=torch.float32)
         wanted, unwanted = (self.collate(prompts)["prompt_embeds"] for prompts in (positive, negative))
         scheduler = loading.build_scheduler(self.noise_schedule)
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / settings.steps, settings.steps), device=self.device)
