@@ -5,6 +5,7 @@ Both the adapter that is built and the forecast of its size follow from here.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -110,10 +111,14 @@ def block_size(inputs: int, settings: AdapterSettings) -> int:
 
     Blocks of one number could not turn, so none is smaller than 2 (but for layers of one input).
     """
-    divisors = [number for number in range(2, inputs + 1) if inputs % number == 0]
-    even = [number for number in divisors if number % 2 == 0]
-    usable = even if settings.kind == "boft" and even else divisors
-    return min(usable, key=lambda number: (abs(number - settings.block_size), number), default=1)
+    return _nearest_divisor(inputs, settings.block_size, even=settings.kind == "boft")
+
+
+@functools.cache
+def _nearest_divisor(size: int, wanted: int, *, even: bool) -> int:
+    divisors = [number for number in range(2, size + 1) if size % number == 0]
+    usable = ([number for number in divisors if number % 2 == 0] if even else []) or divisors
+    return min(usable, key=lambda number: (abs(number - wanted), number), default=1)
 
 
 def butterfly_stages(inputs: int, block: int) -> int:
