@@ -58,7 +58,8 @@ def recommend(family: str, goal: str, num_images: int, native_resolution: int, v
     batch = int(entries["train.batch_size"][1]["value"]) if "train.batch_size" in entries else 1
     steps = _steps(entries, num_images, batch)
     advice = [_advice(key, origin, entry, steps) for key, (origin, entry) in entries.items()]
-    return [*_fit_base(native_resolution), *advice]
+    # A card too small for the base's own resolution is told so by its tier.
+    return [*(item for item in _fit_base(native_resolution) if item.key not in entries), *advice]
 
 
 def demo_advice() -> list[Advice]:

@@ -98,6 +98,11 @@ def test_memory_is_saved_where_there_is_little_of_it() -> None:
 def test_the_resolution_is_that_of_the_base() -> None:
     advice = recommend("sd15", "character", 10, 768, 12.0)
     assert _value(advice, "dataset.resolution") == 768
+
+
+def test_a_card_that_the_base_alone_fills_trains_smaller_pictures() -> None:
+    sides = [_value(recommend("flux1", "character", 10, 1024, gib), "dataset.resolution") for gib in (24.0, 32.0, 80.0)]
+    assert sides == [512, 1024, 1024]
     small = recommend("sd15", "character", 10, 64, None)
     assert (_value(small, "dataset.resolution"), _value(small, "dataset.bucket_step")) == (64, 16)
 
