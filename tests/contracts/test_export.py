@@ -9,11 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorasmith.engine.adapters import Adapter, attach_adapter
+from lorasmith.engine.compatibility import layout_errors
 from lorasmith.engine.config import AdapterSettings, ExportSettings, RunConfig
 from lorasmith.engine.errors import ExportError
 from lorasmith.engine.export import export_lora, verify_export
+from lorasmith.engine.export.changes import adaptable_layers
 from lorasmith.engine.export.rules import read_changes
-from lorasmith.engine.families import Family, families, identify_base
+from lorasmith.engine.families import Family, FamilySpec, FusedName, families, identify_base
+from lorasmith.engine.lora_files import start_adapter
 from lorasmith.engine.sources import locate_base
 from tests.tiny import TINY_BUILDERS
 
@@ -34,6 +37,8 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def trained(folder: Path, settings: AdapterSettings) -> tuple[Family, Adapter]:
     files = locate_base(str(folder))
     module, identity = identify_base(files)
+    if settings.text_encoder and not module.SPEC.trainable_text_encoders:
+        pytest.skip("no trainer trains this base model's text encoders")
     family = module.load(files, identity, torch.device("cpu"), torch.float32)
     adapter = attach_adapter(family, settings, seed=1)
     draw = torch.Generator().manual_seed(2)
@@ -49,8 +54,12 @@ def test_every_family_has_a_tiny_model_to_prove_its_layouts_with() -> None:
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_every_layout_of_the_family_proves(base: Path, tmp_path: Path, kind: str) -> None:
+    if ADAPTERS[kind].text_encoder and not spec_of(base).trainable_text_encoders:
+        pytest.skip("its text encoders are not trained")
     family, adapter = trained(base, ADAPTERS[kind])
-    layouts = list(family.spec.layouts)
+    settings = RunConfig(adapter=ADAPTERS[kind], export=ExportSettings(layouts=list(family.spec.layouts)))  # type: ignore[arg-type]
+    assert all("no names" in problem for problem in layout_errors(settings, family.spec))
+    layouts = [name for name in family.spec.layouts if not layout_errors(only(settings, name), family.spec)]
     config = RunConfig(export=ExportSettings(layouts=layouts, precision="fp16"))  # type: ignore[arg-type]
     results = export_lora(family, adapter, config, tmp_path, "x", {}, 1)
     assert [result.layout for result in results] == layouts
@@ -61,6 +70,38 @@ def test_every_layout_of_the_family_proves(base: Path, tmp_path: Path, kind: str
         exact = sum(float(adapter.delta(module).double().square().sum()) for module in adapter.modules)
         assert found == pytest.approx(exact, rel=2e-3)
         assert exact > 0
+
+
+def spec_of(base: Path) -> FamilySpec:
+    return identify_base(locate_base(str(base)))[0].SPEC
+
+
+def only(config: RunConfig, layout: str) -> RunConfig:
+    return config.model_copy(update={"export": ExportSettings(layouts=[layout])})  # type: ignore[list-item]
+
+
+def test_the_family_says_which_layouts_store_layers_fused(base: Path) -> None:
+    family, _ = trained(base, ADAPTERS["lora"])
+    module = families()[family.spec.name]
+    paths = [path for path, _ in adaptable_layers(family.denoiser)]
+    fused = {
+        layout
+        for layout in family.spec.layouts
+        if any(isinstance(module.export_name(layout, "denoiser", path), FusedName) for path in paths)
+    }
+    assert fused == set(family.spec.fused_layouts)
+
+
+def test_each_layout_is_read_back_into_the_layers_that_were_trained(base: Path, tmp_path: Path) -> None:
+    family, adapter = trained(base, ADAPTERS["lora with mlp"])
+    config = RunConfig(export=ExportSettings(layouts=list(family.spec.layouts), precision="fp32"))  # type: ignore[arg-type]
+    for result in export_lora(family, adapter, config, tmp_path, "x", {}, 1):
+        again, other = trained(base, ADAPTERS["lora with mlp"])
+        words = start_adapter(other, result.path, again)
+        assert f"{len(other.modules)} layers taken over" in words
+        for found, exact in zip(other.modules, adapter.modules, strict=True):
+            wanted = adapter.delta(exact)
+            assert (other.delta(found) - wanted).norm() <= 1e-4 * wanted.norm(), f"{result.layout}: {words}"
 
 
 def test_a_renamed_key_is_refused_in_every_layout(base: Path, tmp_path: Path) -> None:
