@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lorasmith.engine.errors import BaseModelError, HubError, StorageError
-from lorasmith.engine.hub_choice import SKIPPED_PARTS, needed_files
+from lorasmith.engine.hub_choice import INDEXES, SKIPPED_PARTS, index_of, needed_files
 from lorasmith.engine.storage import free_bytes, is_disk_full, readable_size
 
 OnProgress = Callable[[str, int, int], None]
@@ -185,8 +185,9 @@ def _download(repo: str, revision: str, on_progress: OnProgress | None) -> Path:
 
 
 def _needed(repo: str, commit: str, sizes: Mapping[str, int], fetch: Callable[..., str]) -> list[str]:
-    """Return the files of a base model by its model_index.json, which is fetched; raises BaseModelError without one."""
-    if "model_index.json" not in sizes:
+    """Return the files of a base model by its index, which is fetched; raises BaseModelError without one."""
+    name = index_of(sizes)
+    if not name:
         singles = [name for name in sizes if name.endswith(".safetensors")]
         raise BaseModelError(
             f"{repo} is not in the diffusers layout: it has no model_index.json.",
@@ -195,7 +196,7 @@ def _needed(repo: str, commit: str, sizes: Mapping[str, int], fetch: Callable[..
             if singles
             else "Choose another repository.",
         )
-    index = Path(fetch(repo, "model_index.json", revision=commit))
+    index = Path(fetch(repo, name, revision=commit))
     return needed_files(sizes, json.loads(index.read_text(encoding="utf-8")), repo)
 
 
@@ -270,8 +271,9 @@ def cached_folder(repo: str, revision: str) -> Path | None:
     """Return the snapshot of `repo` in the cache if every part that its model_index.json names is there."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(repo, "model_index.json", revision=revision)
-    if not isinstance(found, str):
+    indexes = [try_to_load_from_cache(repo, name, revision=revision) for name in INDEXES]
+    found = next((path for path in indexes if isinstance(path, str)), None)
+    if found is None:
         return None
     index = json.loads(Path(found).read_text(encoding="utf-8"))
     parts = {key for key, value in index.items() if isinstance(value, list) and value and value[0]} - SKIPPED_PARTS

@@ -28,14 +28,23 @@ def needed_part_files(part: str, names: Iterable[str], repo: str) -> list[str]:
     return _part_files(part, inside, repo)
 
 
+INDEXES = ("model_index.json", "modular_model_index.json")
+"""What says that a repository is in the diffusers layout; the second is that of modular pipelines."""
+
+
+def index_of(names: Iterable[str]) -> str:
+    """Return the index among a repository's files, "" where there is none."""
+    return next((name for name in INDEXES if name in set(names)), "")
+
+
 def needed_files(names: Iterable[str], index: dict[str, Any], repo: str) -> list[str]:
-    """Choose the files of a repository to download; `index` is its model_index.json.
+    """Choose the files of a repository to download; `index` is what its index says.
 
     Plain weights are preferred to the fp16 variant. Raises BaseModelError where a part has pickled weights only.
     """
     all_names = list(names)
     # The card names the license.
-    chosen = ["model_index.json", *(name for name in all_names if name == "README.md")]
+    chosen = [index_of(all_names), *(name for name in all_names if name == "README.md")]
     parts = [key for key, value in index.items() if isinstance(value, list) and value and value[0]]
     for part in sorted(set(parts) - SKIPPED_PARTS):
         chosen += needed_part_files(part, all_names, repo)

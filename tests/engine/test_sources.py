@@ -369,6 +369,14 @@ def test_the_parts_are_listed_with_their_sizes_before_any_is_downloaded(hub: Fak
     assert describe_download(list_download(REPO)) == ""
 
 
+def test_a_repository_of_a_modular_pipeline_is_in_the_diffusers_layout_too(hub: FakeHub) -> None:
+    hub.files["modular_model_index.json"] = hub.files.pop("model_index.json")
+    files = locate_base(REPO)
+    assert set(hub.fetched) == (NEEDED - {"model_index.json"}) | {"modular_model_index.json"}
+    hub.override = _unreachable
+    assert locate_base(REPO).path == files.path
+
+
 def test_cached_files_are_not_downloaded_again(hub: FakeHub) -> None:
     locate_base(REPO)
     hub.fetched.clear()
