@@ -49,7 +49,7 @@ def config_of(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
 
 
 def load_any(files: BaseFiles, dtype: torch.dtype) -> Any:
-    """Load the autoencoder in main memory as `dtype`: a file given apart, the base's own file, or a diffusers folder."""
+    """Load the autoencoder in main memory as `dtype`: from a file given apart, the base itself, or a folder."""
     from diffusers import AutoencoderKLQwenImage
 
     found = find(files)
