@@ -142,10 +142,6 @@ _ROWS: tuple[Row, ...] = (
         lambda c: c.adapter.block_learning_rates and _one_rate(c),
         "adapter.block_learning_rates must be empty with {}, which needs one rate for all weights",
     ),
-    Row(
-        lambda c: c.adapter.text_encoder and c.adapter.text_encoder_learning_rate not in (5e-5, 1.0) and _one_rate(c),
-        "adapter.text_encoder_learning_rate has no effect with {}, which finds one rate for all weights: set it to 1.0",
-    ),
     # Schedule-free optimizers
     Row(
         lambda c: c.schedule.name != "constant" and _schedule_free(c),

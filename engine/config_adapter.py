@@ -69,7 +69,7 @@ class AdapterSettings(Section):
     text_encoder: bool = False
     """Train the text encoder too; costs memory, since prompts cannot be cached."""
     text_encoder_learning_rate: Rate = 5e-5
-    """Learning rate of the text encoder's LoRA."""
+    """Learning rate of the text encoder's LoRA; optimizers that find one rate for all weights do not read it."""
     start_from: str = ""
     """A LoRA file, of any layout, whose weights the new one begins with. Empty: none."""
 

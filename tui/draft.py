@@ -184,7 +184,7 @@ class Draft:
         except ConfigError as error:
             sentences = re.split(r"(?<=\.)\s+(?=[a-z_]+\.[a-z_]+ )", f"{error.what} {error.why}".strip())
             keyed = [
-                (next((k for k in settings() if sentence.startswith(k)), "run.name"), sentence)
+                (next((k for k in settings() if sentence.startswith(f"{k} ")), "run.name"), sentence)
                 for sentence in sentences
             ]
             # A blank trigger is reported as missing already.

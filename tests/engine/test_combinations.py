@@ -30,16 +30,6 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
             ("adapter.block_learning_rates", ["mid=0.5"], []),
         )
     ),
-    (
-        {
-            "optimizer.name": "dadaptation",
-            "optimizer.learning_rate": 1.0,
-            "adapter.text_encoder": True,
-            "adapter.text_encoder_learning_rate": 1e-5,
-        },
-        "adapter.text_encoder_learning_rate",
-        {"adapter.text_encoder_learning_rate": 1.0},
-    ),
     *(
         ({"optimizer.name": "adamw_schedulefree", key: value}, key, {key: fix})
         for key, value, fix in (("schedule.name", "cosine", "constant"), ("train.ema_decay", 0.9, 0.0))
