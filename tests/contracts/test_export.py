@@ -92,6 +92,7 @@ def test_the_family_says_which_layouts_store_layers_fused(base: Path) -> None:
     assert fused == set(family.spec.fused_layouts)
 
 
+@pytest.mark.campaign  # the matrix has a covering part
 def test_each_layout_is_read_back_into_the_layers_that_were_trained(base: Path, tmp_path: Path) -> None:
     family, adapter = trained(base, ADAPTERS["lora with mlp"])
     config = RunConfig(export=ExportSettings(layouts=list(family.spec.layouts), precision="fp32"))  # type: ignore[arg-type]

@@ -214,3 +214,21 @@ def test_the_model_hash_is_over_the_weights_alone() -> None:
     assert hashes == with_hashes({}, labeled)
     assert hashes["modelspec.hash_sha256"] == "0x" + hashes["sshs_model_hash"]
     assert len(hashes["sshs_legacy_hash"]) == 8
+
+
+@pytest.mark.parametrize(
+    ("adapter", "module", "told"),
+    [
+        ({"kind": "lokr", "lokr_factor": 8}, "lycoris.kohya", {"algo": "lokr", "factor": "8"}),
+        ({"kind": "loha", "convolutions": True}, "lycoris.kohya", {"algo": "loha", "conv_dim": "8"}),
+        ({"kind": "dora"}, "lycoris.kohya", {"algo": "lora", "dora_wd": "True"}),
+        ({"kind": "oft"}, "peft", {"algo": "oft"}),
+        ({"rslora": True}, "networks.lora", {"rs_lora": "True"}),
+    ],
+)
+def test_other_kinds_are_told_in_the_words_of_those_who_made_them(
+    adapter: dict[str, Any], module: str, told: dict[str, str]
+) -> None:
+    metadata = build_metadata(make_config(adapter=adapter), identity(), DatasetFacts())
+    assert metadata["ss_network_module"] == module
+    assert told.items() <= json.loads(metadata["ss_network_args"]).items()
