@@ -26,8 +26,7 @@ def all_cells() -> list[tuple[str, str]]:
 
 
 def covering_cells() -> list[tuple[str, str]]:
-    """Return pairs in which every family comes with a plain LoRA and another adapter, and every adapter comes twice."""
+    """Return pairs in which every family comes with a plain LoRA and with another adapter, and every adapter comes."""
     families, others = sorted(TINY_BUILDERS), [name for name in ADAPTERS if name != "lora"]
-    chosen = [(family, "lora") for family in families]
-    num = max(len(families), 2 * len(others))
-    return chosen + [(families[i % len(families)], others[i % len(others)]) for i in range(num)]
+    plain = [(family, "lora") for family in families]
+    return plain + [(family, others[i % len(others)]) for i, family in enumerate(families)]
