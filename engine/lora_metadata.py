@@ -157,10 +157,10 @@ def _network_module(adapter: AdapterSettings) -> tuple[str, dict[str, str]]:
     if adapter.kind in ("lora", "locon"):
         return "networks.lora", {}
     if adapter.kind in ("oft", "boft"):
-        return "peft", {"algo": adapter.kind, "block_size": str(adapter.block_size)}
+        return "peft", {"algo": str(adapter.kind), "block_size": str(adapter.block_size)}
     if adapter.kind == "dora":
         return "lycoris.kohya", {"algo": "lora", "dora_wd": "True", "wd_on_output": "True"}
-    arguments: dict[str, str] = {"algo": adapter.kind}
+    arguments = {"algo": str(adapter.kind)}
     if adapter.kind == "lokr":
         arguments |= {"factor": str(adapter.lokr_factor or -1), "full_matrix": str(adapter.lokr_full)}
     return "lycoris.kohya", arguments

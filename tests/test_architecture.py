@@ -83,7 +83,17 @@ def test_no_module_of_the_wizard_imports_torch_and_none_of_the_engine_textual() 
 
 def test_every_engine_module_has_its_layer() -> None:
     placed = {name for layer in layers() for name in layer}
-    inner = ("adapters", "captioners", "cli", "export", "families", "objectives", "optimizers")
+    inner = (
+        "adapters",
+        "captioners",
+        "cli",
+        "export",
+        "families",
+        "inspect_file",
+        "lora_files",
+        "objectives",
+        "optimizers",
+    )
     packages = tuple(f"lorasmith.engine.{name}" for name in inner)
     for path in SOURCES:
         name = module_name(path)

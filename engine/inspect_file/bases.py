@@ -15,13 +15,13 @@ _STATED = (
     (r"stable-diffusion-v2|sd_v2", "Stable Diffusion 2.x"),
     (r"stable-diffusion-v1|sd_v1", "Stable Diffusion 1.x"),
     (r"flux[-_]?2", "FLUX.2"),
-    (r"chroma", "Chroma"),
+    (r"\bchroma", "Chroma"),
     (r"flux", "FLUX.1"),
     (r"qwen", "Qwen-Image"),
     (r"z[-_]?image", "Z-Image"),
     (r"lumina", "Lumina-Image 2.0"),
     (r"krea[-_]?2", "Krea 2"),
-    (r"anima", "Anima"),
+    (r"\banima", "Anima"),
 )
 """What `modelspec.architecture` and `ss_base_model_version` say."""
 _SIGNS: tuple[tuple[str, Iterable[int], str], ...] = (
