@@ -99,8 +99,9 @@ def compatibility_problems(config: RunConfig, spec: FamilySpec, identity: BaseId
         if layout in spec.layouts and _can_hold(spec, config.adapter.kind, layout)
     ]
     found = [words for layout in layouts if (words := _loss_words(config.adapter, spec, layout, layouts))]
-    if identity is not None and (words := missing_training_adapter(config.base, identity)):
-        found.append(words)
+    if identity is not None:
+        notes = (missing_training_adapter(config.base, identity), str(identity.details.get("warning", "")))
+        found += [words for words in notes if words]
     return errors + found
 
 

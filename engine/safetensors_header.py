@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,8 +38,20 @@ class TensorInfo:
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Return the tensors and the metadata of a safetensors file without reading its weights.
 
-    Raises BaseModelError where the file is truncated, damaged, a pickle or of another format, and says which.
+    Raises BaseModelError where the file is truncated, damaged, a pickle or of another format, and says which. The last
+    few headers are remembered, since every family looks at a file to know whether it is its own.
     """
+    try:
+        status = path.stat()
+    except OSError:
+        tensors, metadata = _read_header(path, 0, 0)
+    else:
+        tensors, metadata = _read_header(path, status.st_size, status.st_mtime_ns)
+    return dict(tensors), dict(metadata)
+
+
+@lru_cache(maxsize=16)
+def _read_header(path: Path, size: int, changed: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     header, _ = _parse(path)
     metadata = header.pop("__metadata__", {})
     tensors = {name: TensorInfo(str(item["dtype"]), tuple(item["shape"])) for name, item in header.items()}

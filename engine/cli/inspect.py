@@ -55,6 +55,8 @@ def _inspect_base(path: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         ("native resolution", f"{identity.native_resolution} px"),
         ("parameters", f"{identity.parameters / 1e6:.1f} M, {identity.precision}"),
         ("missing", ", ".join(identity.parts_missing) or "nothing"),
-        ("license", f"{own}, as its card says" if own else f"{usual.name}: {usual.consequence}"),
+        ("license", str(own or f"{usual.name}: {usual.consequence}")),
     ]
+    notes = {"use": module.SPEC.uses.get(identity.variant), "warning": identity.details.get("warning")}
+    rows += [(name, str(words)) for name, words in notes.items() if words]
     return {"type": "base"} | plain(identity), rows

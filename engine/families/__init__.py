@@ -106,10 +106,11 @@ class BaseIdentity:
 
     `label` is shown to the user, e.g. "Stable Diffusion 1.x, epsilon, fp16, 0.86 B". `native_resolution` is the side in
     pixels that the base was trained at. `parts_missing` names what the files lack, e.g. `vae`. `details` may hold
-    `license`, the one that the model's own card names; "" or absent: the family's; `prompt_numbers`, `draw_steps` and
-    `draw_guidance` where this model's differ from the family's; `text_parts`, where one that may lack does;
-    `training_adapter`, the Hub id (`owner/name` or `owner/name/file.safetensors`) of the LoRA that a distilled variant
-    is trained with; and what LoRA files say of their base: `architecture`, `ss_base_model_version`.
+    `license`, this model's own by its card or its variant; "" or absent: the family's; `prompt_numbers`, `draw_steps`
+    and `draw_guidance` where this model's differ from the family's; `warning`, what speaks against training on it;
+    `text_parts`, where one that may lack does; `training_adapter`, the Hub id (`owner/name` or
+    `owner/name/file.safetensors`) of the LoRA that a distilled variant is trained with; and what LoRA files say of
+    their base: `architecture`, `ss_base_model_version`.
     """
 
     family: str

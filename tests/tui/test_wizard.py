@@ -148,7 +148,9 @@ def test_the_license_of_the_model_itself_is_shown_before_that_of_its_family(own:
     usual = License("Usual", "https://example.org", "It may be sold.")
     spec = SimpleNamespace(license=usual, token_limits={"CLIP": 77}, uses={})
     found: Any = SimpleNamespace(
-        family=SimpleNamespace(SPEC=spec), identity=identity, files=SimpleNamespace(origin="x", path=Path("/x"))
+        family=SimpleNamespace(SPEC=spec),
+        identity=identity,
+        files=SimpleNamespace(origin="x", path=Path("/x"), license=lambda: "apache-2.0"),
     )
     lines = [text.strip() for text in base_text(found).plain.splitlines()]
     assert line in lines

@@ -235,13 +235,16 @@ def base_text(found: FoundBase) -> Text:
     text = Text("✓ ")
     text.append("The demo's own small base" if demo else safe_str(identity.label), "bold")
     text.append(f"\n  {safe_str(identity.label)}" if demo else "")
+    if warning := identity.details.get("warning"):
+        text.append(f"\n! {safe_str(warning)}")
     if identity.parts_missing:
         text.append(f"\n! Missing in these files: {safe_str(', '.join(identity.parts_missing))}")
     text.append(f"\n  Trained at {identity.native_resolution} pixels · {identity.parameters / 1e6:,.1f} M parameters\n")
     if demo:
         text.append("  Trained from nothing, on drawn scenes only\n")
     if own := identity.details.get("license"):
-        text.append(f"  License: {safe_str(own)} (from the model card)\n")
+        card = " (from the model card)" if own == found.files.license() else ""
+        text.append(f"  License: {safe_str(own)}{card}\n")
     else:
         text.append(f"  License: {safe_str(spec.license.name)}. {safe_str(spec.license.consequence)}\n")
         text.append(f"  {safe_str(spec.license.url)}\n", "dim")
