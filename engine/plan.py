@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from lorasmith.engine import memory, storage
 from lorasmith.engine.adapter_combinations import OF_WEIGHTS
 from lorasmith.engine.combinations import base_contradictions
-from lorasmith.engine.compatibility import compatibility_problems
+from lorasmith.engine.compatibility import chosen_layouts, compatibility_problems, loads_in
+from lorasmith.engine.config_adapter import effective_scale
 from lorasmith.engine.dataset.buckets import MAX_ENLARGEMENT, BucketPlan, BucketRow, plan_buckets
 from lorasmith.engine.dataset.cache_size import forecast_cache, max_prompts, numbers_of_prompt
 from lorasmith.engine.dataset.epochs import Epochs
@@ -66,6 +67,10 @@ class Plan:
     checkpoint_bytes: int | None
     num_checkpoints: int
     export_bytes: int | None
+    effective_scale: float
+    """What the trained product is multiplied by."""
+    loads_in: dict[str, tuple[str, ...]]
+    """The programs that load the LoRA, by the layout of the file; empty while the base model is not known."""
     num_previews: int
     disk_needed_bytes: int | None
     disk_free_bytes: int
@@ -87,6 +92,7 @@ class Plan:
             rows.append(("buckets", self._buckets_words()))
             rows.append(("cache", self._cache_words()))
         rows.append(("LoRA", self._adapter_words()))
+        rows += [(f"{layout} file", self._programs_words(layout)) for layout in self.loads_in]
         rows.append(("disk", self._disk_words()))
         if self.weights_bytes:
             parts = ", ".join(f"{part} {storage.readable_size(size)}" for part, size in self.weights_bytes.items())
@@ -127,14 +133,20 @@ class Plan:
         if self.adapter_parameters is None or self.export_bytes is None:
             return "its size is known once the base model is on this machine"
         size = storage.readable_size(self.export_bytes)
-        return f"{self.adapter_parameters:,} parameters in {self.adapter_modules} layers; to share: {size}"
+        words = f"{self.adapter_parameters:,} parameters in {self.adapter_modules} layers"
+        return f"{words}, scale {self.effective_scale:.3g}; to share: {size}"
+
+    def _programs_words(self, layout: str) -> str:
+        programs = self.loads_in[layout]
+        return f"loads in {', '.join(programs)}" if programs else "loads in no program that lorasmith knows"
 
     def _disk_words(self) -> str:
         free = f"{storage.readable_size(self.disk_free_bytes)} free in {self.output_folder}"
         if self.disk_needed_bytes is None:
             return free
         return (
-            f"up to {storage.readable_size(self.disk_needed_bytes)} for {self.num_checkpoints} checkpoints, "
+            f"up to {storage.readable_size(self.disk_needed_bytes)} for {self.num_checkpoints} "
+            f"checkpoint{'' if self.num_checkpoints == 1 else 's'}, "
             f"{self.num_previews} previews and the LoRA; {free}"
         )
 
@@ -170,6 +182,10 @@ def build_plan(
         **_cache_sizes(config, buckets, identity),
         cache_free_bytes=storage.free_bytes(storage.cache_folder()),
         **_adapter_sizes(config, shapes, parameters),
+        effective_scale=effective_scale(config.adapter),
+        loads_in={name: loads_in(spec, config.adapter, name) for name in chosen_layouts(config.export, spec)}
+        if spec
+        else {},
         num_checkpoints=_num_checkpoints(config),
         num_previews=_num_previews(config),
         disk_free_bytes=storage.free_bytes(output),

@@ -222,10 +222,13 @@ class BaseModelPage(WizardPage):
 
 
 def usual_models() -> list[tuple[str, str]]:
-    """Return the Hub ids of every family with the family's label, the newest family last."""
+    """Return the Hub ids of every family with its label and its usual variant's size, the smallest first."""
     from lorasmith.engine.families import families
 
-    return [(model, module.SPEC.label) for module in families().values() for model in module.SPEC.hub_ids]
+    specs = sorted((module.SPEC for module in families().values()), key=lambda spec: spec.denoiser_parameters)
+    return [
+        (model, f"{spec.label}, {spec.denoiser_parameters / 1e9:.1f} B") for spec in specs for model in spec.hub_ids
+    ]
 
 
 def base_text(found: FoundBase) -> Text:

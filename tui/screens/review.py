@@ -190,14 +190,16 @@ class ReviewPage(WizardPage):
         resolved = self._resolved()
         if resolved is None:
             return ""
+        from lorasmith.engine.config_adapter import effective_scale
+
         config = resolved.config
         adapter, optimizer = config.adapter, config.optimizer
         overlay = config.dataset.overlay
         edits = f"\n  with the captions and left-out pictures that you edited: {overlay}" if overlay else ""
         return (
             f"  {config.run.name} · trigger {config.captions.trigger}\n"
-            f"  {adapter.kind} rank {adapter.rank} · {optimizer.name} at {optimizer.learning_rate:g} · "
-            f"{config.dataset.resolution} pixels{edits}"
+            f"  {adapter.kind} rank {adapter.rank}, scale {effective_scale(adapter):.3g} · "
+            f"{optimizer.name} at {optimizer.learning_rate:g} · {config.dataset.resolution} pixels{edits}"
         )
 
     def _command(self) -> str:
