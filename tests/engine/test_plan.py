@@ -16,7 +16,7 @@ from lorasmith.engine.dataset import cache_size
 from lorasmith.engine.dataset.buckets import plan_buckets
 from lorasmith.engine.dataset.items import Dataset
 from lorasmith.engine.dataset.scan import scan_dataset
-from lorasmith.engine.families import BaseIdentity, identify_base
+from lorasmith.engine.families import BaseIdentity, families, identify_base
 from lorasmith.engine.plan import Plan, build_plan
 from lorasmith.engine.run_file import Layer, ResolvedConfig, resolve_config
 from lorasmith.engine.sources import BaseFiles, TensorInfo, locate_base
@@ -293,3 +293,15 @@ def test_held_out_pictures_are_not_counted_as_trained(tmp_path: Path) -> None:
 def test_a_setting_without_meaning_for_the_base_is_a_warning(tiny_sd15: Path, tmp_path: Path) -> None:
     plan = plan_for(tiny_sd15, tmp_path, objective={"timestep_sampling": "sigmoid"})
     assert any(warning.startswith("objective.timestep_sampling has no meaning") for warning in plan.warnings)
+
+
+def test_the_plan_tells_the_scale_and_which_programs_load_the_file() -> None:
+    resolved = resolve_config([Layer("test", {"adapter": {"rank": 16, "alpha": 4.0}, "export": {"layouts": ["auto"]}})])
+    module = families()["sd15"]
+    identity = BaseIdentity("sd15", "x", "1.x", "epsilon", 512, 1, "fp16")
+    plan = build_plan(resolved, identity)
+    assert plan.effective_scale == 0.25
+    layout = module.SPEC.layouts[0]
+    assert plan.loads_in == {layout: module.SPEC.readers[layout]}
+    assert (f"{layout} file", f"loads in {', '.join(module.SPEC.readers[layout])}") in plan.rows()
+    assert build_plan(resolved).loads_in == {}
