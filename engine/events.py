@@ -153,13 +153,14 @@ class PreviewReady(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportDone(Event):
-    """A shareable LoRA file was written and proved by loading it."""
+    """A shareable LoRA file was written and proved by loading it; `programs` load it, as far as is known."""
 
     step: int
     path: str
     layout: str
     keys: int
     bytes: int
+    programs: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

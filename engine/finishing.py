@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from lorasmith.engine.compatibility import loads_in
 from lorasmith.engine.errors import ExportError, StorageError
 from lorasmith.engine.events import ExportDone, Logged, RunEnded, StageChanged
 from lorasmith.engine.export import build_metadata, export_lora
@@ -118,8 +119,10 @@ def _export(parts: TrainingParts) -> None:
     with learner.averaged():
         results = export_lora(family, adapter, config, parts.run.export, config.run.name, metadata, step)
     for result in results:
+        programs = list(loads_in(family.spec, config.adapter, result.layout))
+        path, layout = str(result.path), result.layout
         parts.emit(
-            ExportDone(step=step, path=str(result.path), layout=result.layout, keys=result.keys, bytes=result.bytes)
+            ExportDone(step=step, path=path, layout=layout, keys=result.keys, bytes=result.bytes, programs=programs)
         )
     for result in results:
         message = f"{result.path.name} was read back by {result.readers} and holds what was trained."

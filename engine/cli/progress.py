@@ -172,7 +172,8 @@ def _rare_line(event: events.Event) -> str:
         case events.PreviewReady():
             return f"  preview of step {event.step}: {event.path}"
         case events.ExportDone():
-            return f"  LoRA ({event.layout}, {event.keys} keys proved): {event.path} ({size(event.bytes)})"
+            loads = f"; loads in {', '.join(event.programs)}" if event.programs else ""
+            return f"  LoRA ({event.layout}, {event.keys} keys proved): {event.path} ({size(event.bytes)}{loads})"
         case events.Paused():
             return f"  paused at step {event.step}" + (f": {event.reason}" if event.reason else "")
         case events.Resumed():

@@ -419,7 +419,7 @@ async def test_the_log_can_be_looked_back_in_and_stays_there(tmp_path: Path) -> 
 @pytest.mark.parametrize("size", SIZES)
 async def test_the_end_tells_where_the_results_are_and_what_to_do_next(tmp_path: Path, size: tuple[int, int]) -> None:
     lora = "/runs/cats/export/cats.safetensors"
-    export = events.ExportDone(step=400, path=lora, layout="kohya", keys=96, bytes=1)
+    export = events.ExportDone(step=400, path=lora, layout="kohya", keys=96, bytes=1, programs=["ComfyUI", "diffusers"])
     async with monitor(HandFedSession(*training(tmp_path), export, the_end()), size) as pilot:
         shown = text(pilot)
         for words in (
@@ -428,6 +428,7 @@ async def test_the_end_tells_where_the_results_are_and_what_to_do_next(tmp_path:
             lora,
             str(tmp_path),
             'Write "zqx" in the prompt',
+            "Copy the LoRA to models/loras (ComfyUI).",
             "took 2:10",
         ):
             assert words in shown, words

@@ -268,13 +268,23 @@ def run_folder(state: RunState) -> str:
     return ""
 
 
+def _where_to_copy(programs: set[str]) -> str:
+    places = {"ComfyUI": "models/loras", "Forge": "models/Lora", "A1111": "models/Lora"}
+    known = [f"{folder} ({program})" for program, folder in places.items() if program in programs]
+    if known:
+        return f"Copy the LoRA to {' or '.join(known)}."
+    if "diffusers" in programs:
+        return "Load the LoRA with load_lora_weights (diffusers)."
+    return "Copy the LoRA to where your program looks for LoRAs."
+
+
 def next_steps(state: RunState) -> list[str]:
     """Return what the user can do now, one sentence each."""
     ended = state.ended
     steps = []
     if state.exports:
         trigger = str(state.config.get("captions", {}).get("trigger", ""))
-        steps.append("Copy the LoRA to models/loras (ComfyUI) or models/Lora (Forge).")
+        steps.append(_where_to_copy({program for item in state.exports for program in item.programs}))
         if trigger:
             steps.append(f'Write "{trigger}" in the prompt.')
     if (ended is None or ended.outcome != "finished") and state.checkpoints:
