@@ -64,11 +64,6 @@ _TABLE: tuple[tuple[Condition, str], ...] = (
         "adapter.exclude",
     ),
     (
-        lambda a: a.convolutions and a.kind in ROTATIONS,
-        "adapter.convolutions must be false with adapter.kind = {kind}, which can only turn linear layers; use "
-        "adapter.kind = lokr for convolutions",
-    ),
-    (
         lambda a: a.dropout > 0 and a.kind not in _PLAIN,
         "adapter.dropout must be 0 with adapter.kind = {kind}; lora and locon have it",
     ),

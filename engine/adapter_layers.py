@@ -86,7 +86,7 @@ def unfound_patterns(
 
 
 def tensor_shapes(shape: Shape, plan: LayerPlan, settings: AdapterSettings) -> dict[str, Shape]:
-    """Return the shapes of the trained tensors of a layer with this weight shape, under peft's names."""
+    """Return the shapes of the trained tensors of a layer with this weight shape, under peft's names, or LyCORIS'."""
     rank, out, inputs, kernel = plan.rank, shape[0], shape[1], shape[2:]
     match settings.kind:
         case "loha":
@@ -94,39 +94,34 @@ def tensor_shapes(shape: Shape, plan: LayerPlan, settings: AdapterSettings) -> d
             return {f"hada_w{half}_{side}": size for half in "12" for side, size in sides.items()}
         case "lokr":
             return _lokr_shapes(shape, rank, settings)
-        case "oft":
-            block = block_size(inputs, settings)
-            return {"oft_R.weight": (inputs // block, block * (block - 1) // 2)}
-        case "boft":
-            block = block_size(inputs, settings)
-            return {"boft_R": (butterfly_stages(inputs, block), inputs // block, block, block), "boft_s": (out, 1)}
+        case "oft" | "boft":
+            return {"oft_blocks": rotation_shape(out, settings)}
     tensors = {"lora_A.weight": (rank, inputs, *kernel), "lora_B.weight": (out, rank, *(1 for _ in kernel))}
     if settings.kind == "dora":
         tensors["lora_magnitude_vector.weight"] = (1, out, *(1 for _ in kernel)) if kernel else (out,)
     return tensors
 
 
-def block_size(inputs: int, settings: AdapterSettings) -> int:
-    """Return the divisor of `inputs` nearest to `block_size`, the smaller of two; an even one for BOFT where there is.
-
-    Blocks of one number could not turn, so none is smaller than 2 (but for layers of one input).
-    """
-    return _nearest_divisor(inputs, settings.block_size, even=settings.kind == "boft")
-
-
 @functools.cache
-def _nearest_divisor(size: int, wanted: int, *, even: bool) -> int:
-    divisors = [number for number in range(2, size + 1) if size % number == 0]
-    usable = ([number for number in divisors if number % 2 == 0] if even else []) or divisors
-    return min(usable, key=lambda number: (abs(number - wanted), number), default=1)
+def _turned_blocks(outputs: int, wanted: int, *, butterfly: bool) -> Shape:
+    if butterfly:
+        # Pairs of blocks, pairs of pairs, …: the number of blocks is a power of two (LyCORIS' power2factorization).
+        sizes = [outputs >> power for power in range(outputs.bit_length()) if outputs % (2 << power) == 0]
+        size = next((size for size in sizes if size <= wanted), sizes[-1] if sizes else 0)
+        return ((outputs // size).bit_length(), outputs // size, size, size) if size else ()
+    size = wanted if outputs % wanted == 0 else kronecker_sides(outputs, wanted)[0]
+    size = size if size > 1 else outputs
+    return (outputs // size, size, size) if outputs > 1 else ()
 
 
-def butterfly_stages(inputs: int, block: int) -> int:
-    """Return how many rotations follow one another in BOFT: 2, or 1 where blocks cannot be paired.
+def rotation_shape(outputs: int, settings: AdapterSettings) -> Shape:
+    """Return the shape of `oft_blocks`: (blocks, b, b) for OFT, (stages, blocks, b, b) for BOFT, () where none fits.
 
-    With two, each output depends on the inputs of two blocks (Liu et al., arXiv:2311.06243).
+    b is `block_size` where it divides the outputs, else a smaller divisor by LyCORIS' `factorization` (a prime number
+    of outputs is one block). BOFT needs an even b and a power of two of blocks: the largest such b up to `block_size`,
+    else the smallest; an odd number of outputs has none. With log2(blocks) + 1 stages every output can reach all.
     """
-    return 2 if block % 2 == 0 and inputs % (2 * block) == 0 else 1
+    return _turned_blocks(outputs, settings.block_size, butterfly=settings.kind == "boft")
 
 
 def kronecker_sides(size: int, factor: int) -> tuple[int, int]:
@@ -168,7 +163,7 @@ def _plan(name: str, path: str, shape: Shape, settings: AdapterSettings) -> Laye
     left_out = settings.include and not any(_found(pattern, name, path) for pattern in settings.include)
     if left_out or any(_found(pattern, name, path) for pattern in settings.exclude):
         return LayerPlan(0, alpha, 1.0)
-    if wide and settings.kind in ROTATIONS:
+    if settings.kind in ROTATIONS and not rotation_shape(shape[0], settings):
         return LayerPlan(0, alpha, 1.0)
     for pattern, value in pairs(settings.block_ranks):
         if _found(pattern, name, path):

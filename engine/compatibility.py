@@ -26,7 +26,7 @@ LABELS = {
 }
 _NO_NAMES = "it has no rule for these names"
 _OWN_LENGTHS = "it does not know lora_magnitude_vector, diffusers' own name for DoRA's lengths"
-_INPUT_SIDE = "it turns the outputs of a layer, and this kind turns the inputs"
+_NO_ROTATIONS = "it has no rule for oft_blocks"
 _LOSSES: dict[tuple[str, str], dict[str, str]] = {
     # diffusers loaders/lora_pipeline.py filters dora_scale with a warning for all transformers, so that a plain LoRA
     # stays; for UNets lora_conversion_utils.py takes it for peft's length, which it is not: ComfyUI divides it by the
@@ -40,15 +40,11 @@ _LOSSES: dict[tuple[str, str], dict[str, str]] = {
     # diffusers 0.42.1: "Invalid LoRA checkpoint", but for LoKr of some base models, whose families say so.
     ("loha", ""): {"diffusers": "it loads LoRA and DoRA only"},
     ("lokr", ""): {"diffusers": "it loads LoKr of a few base models only, and of this one not"},
-    # comfy/weight_adapter/oft.py and boft.py, A1111 network_oft.py: `oft_blocks` for outputs. peft turns inputs.
-    ("oft", ""): {
-        **dict.fromkeys(("ComfyUI", "A1111", "Forge"), _INPUT_SIDE),
-        "diffusers": "it loads LoRA and DoRA only",
-    },
-    ("boft", ""): {
-        **dict.fromkeys(("ComfyUI", "A1111", "Forge"), _INPUT_SIDE),
-        "diffusers": "it loads LoRA and DoRA only",
-    },
+    # comfy/weight_adapter/oft.py and boft.py (ComfyUI 0.3.31 and later) and A1111 extensions-builtin/Lora/network_oft.py
+    # (1.9 and later) turn outputs by `oft_blocks`. Forge's packages_3rdparty/comfyui_lora_collection/lora.py has no rule for them, and the
+    # network_oft.py beside it is not called.
+    ("oft", ""): {"Forge": _NO_ROTATIONS, "diffusers": "it loads LoRA and DoRA only"},
+    ("boft", ""): {"Forge": _NO_ROTATIONS, "diffusers": "it loads LoRA and DoRA only"},
 }
 
 

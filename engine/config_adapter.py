@@ -29,7 +29,7 @@ class AdapterSettings(Section):
     alpha: Annotated[float, Field(gt=0.0, le=4096.0)] = 16.0
     """Strength: the change is scaled by alpha / rank."""
     convolutions: bool = False
-    """Adapt convolution layers too; `locon` always does, `oft` and `boft` cannot."""
+    """Adapt convolution layers too; `locon` always does."""
     conv_rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = 8
     """Rank of the convolution layers."""
     conv_alpha: Annotated[float, Field(gt=0.0, le=4096.0)] = 8.0
@@ -46,7 +46,8 @@ class AdapterSettings(Section):
     lokr_full: bool = False
     """Keep the large factor whole instead of splitting it by rank (`lokr` only)."""
     block_size: Annotated[int, Field(ge=2, le=1024)] = 32
-    """Size of the rotated blocks (`oft` and `boft` only)."""
+    """Size of the blocks of outputs that are rotated (`oft` and `boft` only); where it does not divide a layer's
+    outputs, smaller ones."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of LoRA inputs dropped in training (`lora` and `locon`)."""
     rank_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0

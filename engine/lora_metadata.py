@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import PurePath, PureWindowsPath
 from typing import TYPE_CHECKING
 
+from lorasmith.engine.adapter_combinations import ROTATIONS
 from lorasmith.engine.families import families
 
 if TYPE_CHECKING:
@@ -137,15 +138,18 @@ def safe_label(text: str) -> str:
 def _network_keys(config: RunConfig) -> dict[str, str]:
     adapter = config.adapter
     module, arguments = _network_module(adapter)
+    rotates = adapter.kind in ROTATIONS
     if adapter.kind == "locon" or adapter.convolutions:
-        arguments |= {"conv_dim": str(adapter.conv_rank), "conv_alpha": str(adapter.conv_alpha)}
+        conv_size = adapter.block_size if rotates else adapter.conv_rank
+        arguments |= {"conv_dim": str(conv_size), "conv_alpha": str(adapter.conv_alpha)}
     if adapter.rslora:
         arguments["rs_lora"] = "True"
     if config.optimizer.lora_plus_ratio != 1.0:
         arguments["loraplus_lr_ratio"] = str(config.optimizer.lora_plus_ratio)
     return {
         "ss_network_module": module,
-        "ss_network_dim": str(adapter.rank),
+        # LyCORIS calls the size of the blocks so too.
+        "ss_network_dim": str(adapter.block_size if rotates else adapter.rank),
         "ss_network_alpha": str(adapter.alpha),
         "ss_network_dropout": _or_none(adapter.dropout),
         "ss_network_args": json.dumps(arguments),
@@ -153,11 +157,11 @@ def _network_keys(config: RunConfig) -> dict[str, str]:
 
 
 def _network_module(adapter: AdapterSettings) -> tuple[str, dict[str, str]]:
-    """Return the code that trains such an adapter elsewhere, and what it is told: Kohya's, LyCORIS' or peft's."""
+    """Return the code that trains such an adapter elsewhere, and what it is told: Kohya's or LyCORIS'."""
     if adapter.kind in ("lora", "locon"):
         return "networks.lora", {}
-    if adapter.kind in ("oft", "boft"):
-        return "peft", {"algo": str(adapter.kind), "block_size": str(adapter.block_size)}
+    if adapter.kind in ROTATIONS:
+        return "lycoris.kohya", {"algo": "diag-oft" if adapter.kind == "oft" else "boft", "constraint": "0"}
     if adapter.kind == "dora":
         return "lycoris.kohya", {"algo": "lora", "dora_wd": "True", "wd_on_output": "True"}
     arguments = {"algo": str(adapter.kind)}

@@ -3,7 +3,7 @@
 LoRA (Hu et al., arXiv:2106.09685) adds `up @ down * alpha / rank` to a layer's weight. LoCon, LoHa and LoKr (Yeh et
 al., arXiv:2309.14859) do the same for convolutions, with the entry-by-entry product of two such products, and with a
 Kronecker product. DoRA (Liu et al., arXiv:2402.09353) learns the length of each row apart. OFT and BOFT turn the
-weights (see `rotation`). Weights are always 32-bit floats, whatever the base model is stored in, and their first values
+outputs (see `rotation`). Weights are always 32-bit floats, whatever the base model is stored in, and their first values
 follow from the seed and the layer's name alone.
 """
 

@@ -22,8 +22,8 @@ def change_of(module: AdapterModule) -> Tensor:
         "dora": _dora,
         "loha": _of_peft,
         "lokr": _of_peft,
-        "oft": _oft,
-        "boft": _boft,
+        "oft": _rotation,
+        "boft": _rotation,
     }
     return kinds[module.kind](module)
 
@@ -100,15 +100,7 @@ def _of_peft(module: AdapterModule) -> Tensor:
     return change.float()
 
 
-def _oft(module: AdapterModule) -> Tensor:
+def _rotation(module: AdapterModule) -> Tensor:
     weight = base_weight(module.layer)
-    rotation: Tensor = module.layer.oft_R[PEFT_NAME].get_weight()
-    # Inputs x are turned to x R, so that W (x R)ᵀ = (W Rᵀ) xᵀ.
-    return (weight.flatten(1) @ rotation.T).reshape(weight.shape) - weight
-
-
-def _boft(module: AdapterModule) -> Tensor:
-    weight = base_weight(module.layer)
-    flat = weight.flatten(1)
-    rotation: Tensor = module.layer.rotate(torch.eye(flat.shape[1], device=flat.device))
-    return (module.tensors["boft_s"] * (flat @ rotation.T)).reshape(weight.shape) - weight
+    change: Tensor = module.layer.change(weight.flatten(1).T)
+    return change.T.reshape(weight.shape)

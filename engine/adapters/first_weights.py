@@ -37,11 +37,8 @@ def draw_first_weights(module: AdapterModule, init: str, seed: int) -> None:
             generator = torch_rng(seed, module.name)
             for name, tensor in module.tensors.items():
                 tensor.copy_(_uniform(tensor.shape, generator) * (name in _LOKR_UNIFORM))
-        case "oft":
-            module.tensors["oft_R.weight"].zero_()
-        case "boft":
-            module.tensors["boft_R"].zero_()
-            module.tensors["boft_s"].fill_(1.0)
+        case "oft" | "boft":
+            module.tensors["oft_blocks"].zero_()
 
 
 def _fill_lora(module: AdapterModule, init: str, generator: torch.Generator) -> None:

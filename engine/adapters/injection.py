@@ -1,8 +1,10 @@
-"""Putting adapter layers around the base model's own: peft's, one injection for all layers of the same settings."""
+"""Putting adapter layers around the base model's own: peft's, or own ones for rotations.
+
+peft gets one injection for all layers of the same settings.
+"""
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasmith.engine.adapter_layers import LayerPlan, block_size, butterfly_stages, tensor_shapes, whole_factors
+from lorasmith.engine.adapter_combinations import ROTATIONS
+from lorasmith.engine.adapter_layers import LayerPlan, tensor_shapes, whole_factors
 from lorasmith.engine.adapters.module import PEFT_NAME, AdapterModule, Kind
 from lorasmith.engine.config import AdapterSettings
 from lorasmith.engine.config_adapter import scale_of
@@ -50,8 +53,8 @@ def wrap_layers(root: nn.Module, plans: Mapping[str, LayerPlan], settings: Adapt
     from peft import inject_adapter_in_model
 
     root.requires_grad_(False)
-    if settings.kind == "boft":
-        _wrap_in_butterflies(root, plans, settings)
+    if settings.kind in ROTATIONS:
+        _wrap_in_rotations(root, plans, settings)
         return
     groups: dict[Any, list[str]] = {}
     for path, plan in plans.items():
@@ -80,16 +83,14 @@ def build_modules(
 
 
 def _group_key(shape: Shape, plan: LayerPlan, settings: AdapterSettings) -> tuple[int, float]:
-    """Return what peft has one setting of for all layers of an injection: rank and alpha, or the block size."""
-    if settings.kind == "oft":
-        return block_size(shape[1], settings), 0.0
+    """Return what peft has one setting of for all layers of an injection: rank and alpha."""
     if settings.kind == "lokr" and whole_factors(shape, plan.rank, settings):
         return _WHOLE, plan.alpha
     return plan.rank, plan.alpha
 
 
 def _peft_config(key: tuple[int, float], settings: AdapterSettings) -> Any:
-    from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
+    from peft import LoHaConfig, LoKrConfig, LoraConfig
 
     rank, alpha = key
     match settings.kind:
@@ -98,21 +99,18 @@ def _peft_config(key: tuple[int, float], settings: AdapterSettings) -> Any:
         case "lokr":
             factor = settings.lokr_factor or -1
             return LoKrConfig(r=rank, alpha=alpha, rank_dropout=settings.rank_dropout, decompose_factor=factor)
-        case "oft":
-            return OFTConfig(r=0, oft_block_size=rank, use_cayley_neumann=False)
     dora = settings.kind == "dora"
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=settings.dropout, init_lora_weights=False, use_dora=dora)
 
 
-def _wrap_in_butterflies(root: nn.Module, plans: Mapping[str, LayerPlan], settings: AdapterSettings) -> None:
-    from lorasmith.engine.adapters.rotation import ButterflyLayer
+def _wrap_in_rotations(root: nn.Module, plans: Mapping[str, LayerPlan], settings: AdapterSettings) -> None:
+    from lorasmith.engine.adapters.rotation import RotatedLayer
 
-    for path in plans:
+    for path, plan in plans.items():
         parent, _, name = path.rpartition(".")
         layer = root.get_submodule(path)
-        inputs = _weight_shape(layer)[1]
-        block = block_size(inputs, settings)
-        setattr(root.get_submodule(parent), name, ButterflyLayer(layer, block, butterfly_stages(inputs, block)))
+        (shape,) = tensor_shapes(_weight_shape(layer), plan, settings).values()
+        setattr(root.get_submodule(parent), name, RotatedLayer(layer, shape))
 
 
 def _trained_tensor(layer: Any, name: str) -> nn.Parameter:
@@ -129,7 +127,7 @@ def _trained_tensor(layer: Any, name: str) -> nn.Parameter:
 
 
 def _scale(shape: Shape, plan: LayerPlan, settings: AdapterSettings) -> float:
-    if settings.kind in ("oft", "boft") or (settings.kind == "lokr" and whole_factors(shape, plan.rank, settings)):
+    if settings.kind in ROTATIONS or (settings.kind == "lokr" and whole_factors(shape, plan.rank, settings)):
         return 1.0
     return scale_of(plan.rank, plan.alpha, settings)
 
@@ -148,11 +146,6 @@ def _settle(module: AdapterModule, settings: AdapterSettings) -> list[nn.Module]
         # It draws whether to use the layer at all in each step, even where the answer is always yes.
         layer.module_dropout[PEFT_NAME] = -1.0
         return [layer] if settings.rank_dropout else []
-    if module.kind == "oft":
-        from lorasmith.engine.adapters.rotation import cayley
-
-        rotation = layer.oft_R[PEFT_NAME]
-        rotation._cayley_batch = functools.partial(_rotations, rotation, cayley)
     return []
 
 
@@ -161,12 +154,6 @@ def _drop_ranks(layer: Any, share: float) -> RankDropout:
     dropout = RankDropout(share, 1 if isinstance(down, nn.Conv2d) else -1)
     down.register_forward_hook(lambda _module, _inputs, result: dropout(result))
     return dropout
-
-
-def _rotations(rotation: Any, cayley: Any, numbers: Tensor, block: int, *_: Any) -> Tensor:
-    """Stand in for peft's Cayley transform, which waits for the device to tell whether a matrix can be inverted."""
-    result: Tensor = cayley(rotation._pytorch_skew_symmetric(numbers, block))
-    return result
 
 
 def _weight_shape(layer: Any) -> Shape:

@@ -18,7 +18,7 @@ PEFT_NAME = "default"
 
 @dataclass
 class AdapterModule:
-    """The trained tensors of one layer, under the names that peft gives them."""
+    """The trained tensors of one layer, under the names that peft gives them, or LyCORIS."""
 
     component: Component
     path: str
@@ -26,7 +26,7 @@ class AdapterModule:
     kind: Kind
     tensors: dict[str, nn.Parameter]
     """`lora_A.weight` (rank, in[, k, k]) and `lora_B.weight` (out, rank[, 1, 1]) for LoRA, with
-    `lora_magnitude_vector.weight` for DoRA; `hada_…` for LoHa, `lokr_…` for LoKr, `oft_R.weight`; `boft_…`.
+    `lora_magnitude_vector.weight` for DoRA; `hada_…` for LoHa, `lokr_…` for LoKr, `oft_blocks` for OFT and BOFT.
     `adapter_layers.tensor_shapes` has their shapes."""
     rank: int
     alpha: float

@@ -1,8 +1,9 @@
-"""Rotations of a layer's inputs: the Cayley transform that OFT and BOFT share, and BOFT's layer.
+"""Rotations of what a layer gives: the layer of OFT and BOFT, as LyCORIS, ComfyUI and A1111 mean their tensors.
 
-peft has a BOFT too, but one that compiles a CUDA extension at its first use, does without the butterfly where it
-cannot, and multiplies dense matrices as large as the layer. This one has the same tensors, means the same by them, and
-needs neither. Liu et al., arXiv:2311.06243; OFT: Qiu et al., arXiv:2306.07280.
+The frozen layer computes its outputs, and blocks of these are turned, which is the same as turning the rows of its
+weight: so quantized layers and convolutions of every size work, and the bias is left as it is. OFT: Qiu et al.,
+arXiv:2306.07280; BOFT: Liu et al., arXiv:2311.06243. The conventions are those of lycoris/modules/diag_oft.py and
+boft.py, which comfy/weight_adapter/oft.py and boft.py share. peft's layers of these names turn inputs instead.
 """
 
 from __future__ import annotations
@@ -10,84 +11,78 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.boft.layer import BOFTLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lorasmith.engine.adapters.module import PEFT_NAME
 
 
-def cayley(skew: Tensor) -> Tensor:
-    """Return the rotations (I - S)(I + S)⁻¹ of skew-symmetric matrices S (n, b, b); never waits for the device.
+def turn_less_identity(blocks: Tensor) -> Tensor:
+    """Return R - I for R = (I + Q)(I - Q)⁻¹ with Q = B - Bᵀ, for each B of `blocks` (…, b, b).
 
-    I + S can always be inverted. Not the Neumann series that peft has as well: its error grows with the rotation, and
-    programs that read OFT files take the exact transform.
+    It is 2 Q (I - Q)⁻¹, which is exactly 0 where B is and keeps small rotations whole. I - Q can always be inverted;
+    never waits for the device.
     """
-    eye = torch.eye(skew.shape[-1], device=skew.device, dtype=skew.dtype).expand_as(skew)
-    rotations: Tensor = torch.linalg.solve_ex(eye + skew, eye - skew, left=False).result
-    return rotations
+    skew = blocks - blocks.transpose(-1, -2)
+    eye = torch.eye(skew.shape[-1], device=skew.device, dtype=skew.dtype)
+    change: Tensor = torch.linalg.solve_ex(eye - skew, 2.0 * skew, left=False).result
+    return change
 
 
-class ButterflyLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft has no types
-    """A linear layer (or 1x1 convolution) whose inputs are turned by BOFT, and its outputs scaled.
+class RotatedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft has no types
+    """A linear or convolution layer whose outputs, less the bias, are turned.
 
-    `boft_R` (stages, blocks, b, b): each stage turns blocks of inputs, the later stages blocks of inputs from two
-    earlier ones. `boft_s` (out, 1) scales the outputs.
+    `oft_blocks` is (blocks, b, b) for OFT, which turns blocks of outputs that lie side by side; (stages, blocks, b, b)
+    for BOFT, whose later stages turn outputs that lie ever farther apart. See `adapter_layers.rotation_shape`.
     """
 
-    adapter_layer_names = ("boft_R", "boft_s")
+    adapter_layer_names = ("oft_blocks",)
     other_param_names = ()
 
-    def __init__(self, base_layer: Any, block: int, stages: int) -> None:
-        """Wrap `base_layer`; zeros and ones, so that nothing changes at first."""
+    def __init__(self, base_layer: Any, shape: tuple[int, ...]) -> None:
+        """Wrap `base_layer` with blocks of zeros, which turn nothing."""
         super().__init__()
         self.base_layer: Any = base_layer
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter = PEFT_NAME
-        convolution, weight = isinstance(base_layer, nn.Conv2d), base_layer.weight
-        inputs = base_layer.in_channels if convolution else base_layer.in_features
-        out = base_layer.out_channels if convolution else base_layer.out_features
-        place: dict[str, Any] = {"device": weight.device, "dtype": torch.float32}
-        blocks = torch.zeros(stages, inputs // block, block, block, **place)
-        self.boft_R = nn.ParameterDict({PEFT_NAME: nn.Parameter(blocks)})
-        self.boft_s = nn.ParameterDict({PEFT_NAME: nn.Parameter(torch.ones(out, 1, **place))})
-        for stage in range(1, stages + 1):
-            order = _order(inputs, block, stages, stage - 1).to(weight.device)
-            self.register_buffer(f"order_{stage}", order, persistent=False)
-            self.register_buffer(f"inverse_{stage}", torch.argsort(order), persistent=False)
+        blocks = torch.zeros(shape, device=base_layer.weight.device, dtype=torch.float32)
+        self.oft_blocks = nn.ParameterDict({PEFT_NAME: nn.Parameter(blocks)})
 
     def forward(self, x: Tensor, *rest: Any, **named: Any) -> Tensor:
-        """Run the base layer on turned inputs and scale what comes out; the bias is left as it is."""
+        """Run the base layer and turn what it gives, computed in fp32."""
+        plain: Tensor = self.base_layer(x, *rest, **named)
         if self._disable_adapters:
-            plain: Tensor = self.base_layer(x, *rest, **named)
             return plain
-        channels = 1 if isinstance(self.base_layer, nn.Conv2d) else -1
-        turned = self.rotate(x.float().movedim(channels, -1)).movedim(-1, channels).to(x.dtype)
-        # Contiguous, so that the base layer takes the kernel that it takes without an adapter.
-        result: Tensor = self.base_layer(turned.contiguous(), *rest, **named)
-        scale, bias = self.boft_s[PEFT_NAME].flatten() - 1.0, self.base_layer.bias
-        product = result if bias is None else result - (bias if channels == -1 else bias.view(-1, 1, 1))
-        # Added and not multiplied, so that a scale of 1 changes no bit.
-        scaled: Tensor = result + product * (scale if channels == -1 else scale.view(-1, 1, 1))
-        return scaled.to(result.dtype)
+        axis = 1 if isinstance(self.base_layer, nn.Conv2d) else -1
+        outputs = plain.float().movedim(axis, -1)
+        bias = self.base_layer.bias
+        change = self.change(outputs if bias is None else outputs - bias.float())
+        # Added, so that a change of 0 leaves every bit.
+        return (plain + change.movedim(-1, axis)).to(plain.dtype)
 
-    def rotate(self, x: Tensor) -> Tensor:
-        """Turn vectors (…, in), fp32."""
-        blocks = self.boft_R[PEFT_NAME]
-        stages, num, block, _ = blocks.shape
-        flat = blocks.flatten(0, 1)
-        rotations = cayley(0.5 * (flat - flat.transpose(1, 2))).view(stages, num, block, block)
-        shape = x.shape
-        for stage in reversed(range(stages)):
-            order, inverse = getattr(self, f"order_{stage + 1}"), getattr(self, f"inverse_{stage + 1}")
-            pieces = x[..., inverse].reshape(*shape[:-1], num, block)
-            x = torch.einsum("...nb,nbc->...nc", pieces, rotations[stage]).reshape(shape)[..., order]
-        return x
+    def change(self, outputs: Tensor) -> Tensor:
+        """Return what turning vectors (…, out), fp32, adds to them."""
+        blocks = self.oft_blocks[PEFT_NAME]
+        turns = turn_less_identity(blocks)
+        if blocks.dim() == 3:
+            # R times a column in BOFT, but Rᵀ in OFT: the readers' own formulas differ so.
+            return _turned(turns.transpose(1, 2), outputs)
+        change = torch.zeros_like(outputs)
+        for stage, turn in enumerate(turns):
+            stride = 2**stage * (turn.shape[-1] // 2)
+            added = _turned(turn, _regrouped(outputs + change, 2, stride))
+            change = change + _regrouped(added, stride, 2)
+        return change
 
 
-def _order(inputs: int, block: int, stages: int, stage: int) -> Tensor:
-    """Return the order of the inputs that peft gives a stage, so that its formula holds for these tensors."""
-    num = inputs // block // 2**stage
-    order: Tensor = BOFTLayer.block_butterfly_perm(None, inputs, num, block // 2, stages - 1)
-    return order
+def _regrouped(vectors: Tensor, rows: int, columns: int) -> Tensor:
+    """Lay runs of rows · columns numbers of `vectors` (…, out) the other way, column by column."""
+    grid = vectors.reshape(*vectors.shape[:-1], -1, rows, columns)
+    return grid.transpose(-1, -2).reshape(vectors.shape)
+
+
+def _turned(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """Multiply each block of `vectors` (…, blocks · b) by its matrix of `matrices` (blocks, b, b)."""
+    pieces = vectors.reshape(*vectors.shape[:-1], *matrices.shape[:2])
+    return torch.einsum("nij,...nj->...ni", matrices, pieces).flatten(-2)

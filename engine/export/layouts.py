@@ -5,8 +5,9 @@
     comfyui     diffusion_model.blocks.0.….lora_A.weight     .lora_B.weight               strength = 1: folded into B
 
 Names come from the family. No reader needs the header: ComfyUI and Forge ignore it, so the strength is in the tensors
-of every layout. LoHa, LoKr and OFT have LyCORIS' own tensor names in all of them. rsLoRA is a LoRA with another alpha;
-PiSSA, OLoRA and LoftQ are exported as the change from the base model that they are, B A - B₀ A₀ of twice the rank.
+of every layout. LoHa, LoKr, OFT and BOFT have LyCORIS' own tensor names in all of them. rsLoRA is a LoRA with another
+alpha; PiSSA, OLoRA and LoftQ are exported as the change from the base model that they are, B A - B₀ A₀ of twice the
+rank.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lorasmith.engine.adapter_combinations import ROTATIONS
 from lorasmith.engine.errors import ExportError
 from lorasmith.engine.export.changes import Change, adaptable_layers, base_weight, weight_shape
 from lorasmith.engine.export.rules import row_norms, spread
@@ -136,8 +138,8 @@ def expected_suffixes(entry: Entry, layout: str) -> set[str]:
     if module.kind in ("lora", "dora"):
         dora = {MAGNITUDE if layout == DIFFUSERS else DORA_SCALE} if module.kind == "dora" else set()
         return {*_PAIRS[layout], *alpha, *dora}
-    if module.kind in ("oft", "boft"):
-        alpha = {ALPHA} if "oft_blocks" in module.tensors else set()
+    if module.kind in ROTATIONS:
+        alpha = {ALPHA}
     return {f".{name}" for name in module.tensors} | alpha
 
 
@@ -207,18 +209,14 @@ def _length(module: AdapterModule, layout: str, change: Change, weight: Callable
 
 def _named_tensors(module: AdapterModule, layout: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a kind that LyCORIS has names for, with its strength where readers look for it."""
-    rotates = module.kind in ("oft", "boft")
-    whole = not rotates and "lokr_w1" in module.tensors and "lokr_w2" in module.tensors
+    whole = "lokr_w1" in module.tensors and "lokr_w2" in module.tensors
     folded = 1.0 if layout == KOHYA and not whole else module.scale
     carrier = next((name for name in _CARRIES_STRENGTH.get(module.kind, ()) if name in module.tensors), "")
     for name, tensor in module.tensors.items():
-        plain = _plain(tensor) * (folded if name == carrier else 1.0)
-        # Scales near 1, of which 16 bits would round the change away.
-        yield f".{name}", plain if name == "boft_s" else _rounded(plain, dtype)
-    if rotates:
+        yield f".{name}", _rounded(_plain(tensor) * (folded if name == carrier else 1.0), dtype)
+    if module.kind in ROTATIONS:
         # Their alpha is a limit on the rotation, and 0 is none; ComfyUI needs the key for BOFT.
-        if "oft_blocks" in module.tensors:
-            yield ALPHA, torch.tensor(0.0)
+        yield ALPHA, torch.tensor(0.0)
     elif layout == KOHYA:
         # Two whole factors are read at strength 1, whatever alpha says.
         yield ALPHA, torch.tensor(float(module.rank) if whole else module.scale * _rank(module))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lorasmith.engine.adapter_combinations import ROTATIONS
 from lorasmith.engine.compatibility import loads_kind
 from lorasmith.engine.errors import ExportError
 from lorasmith.engine.export.changes import AnyChange, Change, WholeChange, base_weight, weight_shape
@@ -40,7 +41,6 @@ BF16_TOLERANCE = 8e-3
 """bf16 keeps 8 bits: each of the two matrices is off by up to 2**-9, more than TOLERANCE."""
 _CANCELLATION = 1e-6
 """What is lost of a changed weight's size when the weight is taken off again in 32 bits."""
-ROTATIONS = ("oft", "boft")
 _REAL_SHARE = 0.05
 """A base model with fewer of its family's weights than this is one made for tests."""
 

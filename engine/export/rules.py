@@ -1,8 +1,8 @@
 """What the tensors of a LoRA file do to a weight, by the rules of the programs that read them.
 
 Knows nothing of families and headers. Every rule is the formula of ComfyUI (comfy/weight_adapter/: lora, loha, lokr,
-oft, boft, base), which A1111 and Forge share for LoRA, LoHa and LoKr; those of `lora_magnitude_vector`, `oft_R` and
-`boft_R` are peft's.
+oft, boft, base), which A1111 and Forge share for LoRA, LoHa and LoKr, and A1111 for OFT and BOFT without a limit; those
+of `lora_magnitude_vector`, `oft_R` and `boft_R` are peft's.
 """
 
 from __future__ import annotations
@@ -199,12 +199,9 @@ def _rotated(stored: Stored, weight: Tensor) -> Tensor:
 
 
 def _turn_outputs(stored: Stored, weight: Tensor) -> Tensor:
-    """LyCORIS' Diag-OFT: blocks of outputs are turned by R = (I + Q)(I - Q)⁻¹ with Q = B - Bᵀ; BOFT in butterflies."""
-    blocks, alpha = stored.tensors["oft_blocks"].double(), stored.alpha or 0.0
+    """LyCORIS' rotations R = (I + Q)(I - Q)⁻¹, Q = B - Bᵀ: Diag-OFT turns blocks of rows by Rᵀ, BOFT in stages by R."""
+    blocks = limited_blocks(stored).double()
     skew = blocks - blocks.transpose(-1, -2)
-    length = torch.linalg.vector_norm(skew)
-    if alpha > 0 and length > alpha:
-        skew = skew * (alpha / length)
     eye = torch.eye(skew.shape[-1], dtype=skew.dtype)
     turn = (eye + skew) @ torch.linalg.inv(eye - skew)
     if blocks.dim() == 3:
@@ -217,6 +214,13 @@ def _turn_outputs(stored: Stored, weight: Tensor) -> Tensor:
         turned = turned.reshape(weight.shape)
     rescale = stored.tensors.get("rescale")
     return turned if rescale is None else turned * spread(rescale.double().flatten(), weight.dim())
+
+
+def limited_blocks(stored: Stored) -> Tensor:
+    """Return `oft_blocks` B, made smaller where B - Bᵀ is longer than the file's alpha, the limit of ComfyUI."""
+    blocks, alpha = stored.tensors["oft_blocks"].float(), stored.alpha or 0.0
+    length = torch.linalg.vector_norm(blocks - blocks.transpose(-1, -2))
+    return blocks * (alpha / length) if 0 < alpha < length else blocks
 
 
 def _butterfly(turn: Tensor, weight: Tensor, stride: int) -> Tensor:

@@ -235,6 +235,10 @@ _TRAPS: tuple[tuple[Callable[[LoraModule], bool], str], ...] = (
         "Its DoRA lengths are lora_magnitude_vector, which only diffusers and peft read.",
     ),
     (
+        lambda module: "oft_blocks" in module.keys,
+        "Its rotations are oft_blocks, which ComfyUI and A1111 read; Forge and diffusers do not.",
+    ),
+    (
         lambda module: "oft_R.weight" in module.keys or "boft_R" in module.keys,
         "Its rotations have peft's names, which no program for pictures reads.",
     ),

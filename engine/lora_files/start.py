@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lorasmith.engine.adapter_combinations import ROTATIONS
 from lorasmith.engine.errors import ConfigError
 from lorasmith.engine.export.changes import AnyChange, Change, WholeChange, base_weight
 from lorasmith.engine.export.layouts import layer_of
-from lorasmith.engine.export.rules import Stored, row_norms
+from lorasmith.engine.export.rules import Stored, limited_blocks, row_norms
 from lorasmith.engine.inspect_file import names as spelled
 from lorasmith.engine.lora_files.nearest import nearest_kronecker, nearest_product
 from lorasmith.engine.lora_files.reading import Part, StoredPart, read_lora
@@ -129,21 +130,34 @@ def _take(module: AdapterModule, part: Part, wanted: AnyChange, family: Family) 
     elif module.kind == "lokr":
         _set_lokr(module, wanted)
     else:
-        raise ConfigError(
-            f"adapter.kind = {module.kind} cannot begin with this LoRA.",
-            why="It rotates weights, and what is not a rotation of the same size adds to them.",
-            fix="Choose adapter.kind = lora, or remove adapter.start_from.",
-        )
+        raise _other_rotation(module, part)
 
 
 def _same_kind(module: AdapterModule, stored: Stored) -> bool:
     own = {name: tuple(tensor.shape) for name, tensor in module.tensors.items()}
     theirs = {role: tuple(tensor.shape) for role, tensor in stored.tensors.items() if role != spelled.ALPHA}
-    return module.kind in ("loha", "lokr", "oft", "boft") and own == theirs
+    return module.kind in ("loha", "lokr", *ROTATIONS) and own == theirs
+
+
+def _other_rotation(module: AdapterModule, part: Part) -> ConfigError:
+    """Return the error that a rotation can begin only with one of the same kind and block size."""
+    own, theirs = module.tensors["oft_blocks"], None
+    if isinstance(part, StoredPart) and part.stored.kind == module.kind:
+        theirs = part.stored.tensors.get("oft_blocks")
+    if theirs is None or theirs.shape == own.shape:
+        why = "It rotates weights, and what is not such a rotation adds to them."
+        fix = "Choose adapter.kind = lora, or remove adapter.start_from."
+    else:
+        why = f"For {module.path} the file has blocks of {theirs.shape[-1]}, and this run of {own.shape[-1]}."
+        fix = f"Set adapter.block_size = {theirs.shape[-1]}, or remove adapter.start_from."
+    return ConfigError(f"adapter.kind = {module.kind} cannot begin with this LoRA.", why=why, fix=fix)
 
 
 def _copy(module: AdapterModule, stored: Stored) -> None:
     """Copy tensors of the same kind; where the file's strength is another, one of them makes up for it."""
+    if module.kind in ROTATIONS:
+        module.tensors["oft_blocks"].copy_(limited_blocks(stored))
+        return
     strength = stored.strength / module.scale
     carrier = next((name for name in ("hada_w1_a", "lokr_w1", "lokr_w1_a") if name in module.tensors), "")
     for name, tensor in module.tensors.items():

@@ -5,13 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft.tuners.boft.layer import BOFTLayer
 from torch import nn
 
-from lorasmith.engine.adapter_layers import block_size, kronecker_sides
+from lorasmith.engine.adapter_layers import kronecker_sides, rotation_shape
 from lorasmith.engine.adapters import Adapter, attach_adapter, selected_layers
 from lorasmith.engine.adapters.injection import RankDropout
-from lorasmith.engine.adapters.rotation import ButterflyLayer
+from lorasmith.engine.adapters.rotation import RotatedLayer
 from lorasmith.engine.adapters.started import first_product
 from lorasmith.engine.config import AdapterSettings
 from lorasmith.engine.config_adapter import effective_scale
@@ -264,7 +263,6 @@ def test_a_pattern_that_cannot_be_read_is_refused_with_its_key(setting: str, val
         ({"init": "orthogonal", "rank": 4, "block_ranks": ["attn1=3"]}, "even ranks"),
         ({"kind": "oft", "rslora": True}, "rslora must be false"),
         ({"kind": "boft", "block_ranks": ["attn1=3"]}, "block_ranks has no meaning"),
-        ({"kind": "oft", "convolutions": True}, "convolutions must be false"),
         ({"kind": "dora", "dropout": 0.1}, "dropout must be 0"),
         ({"kind": "boft", "rank_dropout": 0.1}, "rank_dropout must be 0"),
         ({"kind": "oft", "max_norm": 1.0}, "max_norm must be 0"),
@@ -419,31 +417,63 @@ def test_a_resumed_pissa_has_the_start_of_its_checkpoint(tiny_sd15: Path) -> Non
     assert all(torch.equal(value, flipped[key]) for key, value in adapter.state_dict().items())
 
 
-@pytest.mark.parametrize("stages", [1, 2])
-def test_butterflies_are_the_products_of_pefts_matrices(stages: int) -> None:
-    layer = ButterflyLayer(nn.Linear(16, 6), block=4, stages=stages)
-    generator = torch.Generator().manual_seed(0)
-    blocks = layer.boft_R["default"]
-    with torch.no_grad():
-        blocks.copy_(torch.randn(blocks.shape, generator=generator))
-    product = torch.eye(16)
-    for stage in range(stages):
-        skew = 0.5 * (blocks[stage] - blocks[stage].transpose(1, 2))
-        turned = torch.block_diag(*[(torch.eye(4) - s) @ torch.linalg.inv(torch.eye(4) + s) for s in skew])
-        order = BOFTLayer.block_butterfly_perm(None, 16, 4 // 2**stage, 2, stages - 1)
-        matrix = BOFTLayer.perm2mat(None, order)
-        product = matrix @ turned @ matrix.T @ product
-    found = layer.rotate(torch.eye(16))
-    torch.testing.assert_close(found, product, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found @ found.T, torch.eye(16), rtol=1e-4, atol=1e-5)
+def lycoris_factors(dimension: int, factor: int) -> tuple[int, int]:
+    """LyCORIS' rule in words: of all pairs of divisors, the most nearly equal one whose smaller is up to `factor`."""
+    pairs = [(m, dimension // m) for m in range(1, factor + 1) if dimension % m == 0 and m * m <= dimension]
+    return min(pairs, key=sum)
+
+
+def test_blocks_have_the_size_that_is_asked_for_or_lycoris_next() -> None:
+    for outputs in range(1, 700):
+        for wanted in (2, 6, 32):
+            shape = rotation_shape(outputs, AdapterSettings(kind="oft", block_size=wanted))
+            if outputs == 1:
+                assert shape == ()
+            elif outputs % wanted == 0:
+                assert shape == (outputs // wanted, wanted, wanted)
+            else:
+                smaller = lycoris_factors(outputs, wanted)[0]
+                assert shape[1:] == ((smaller, smaller) if smaller > 1 else (outputs, outputs))
+                assert shape[0] * shape[1] == outputs
 
 
 @pytest.mark.parametrize(
-    ("inputs", "block", "kind", "expected"),
-    [(320, 32, "oft", 32), (30, 32, "oft", 30), (37, 32, "oft", 37), (1152, 100, "oft", 96), (45, 8, "boft", 9)],
+    ("outputs", "wanted", "shape"),
+    # boft_m of lycoris/modules/boft.py is 1 + the bits that are set in blocks - 1.
+    [
+        (320, 32, (5, 16, 20, 20)),
+        (1280, 32, (7, 64, 20, 20)),
+        (4096, 32, (8, 128, 32, 32)),
+        (16, 32, (1, 1, 16, 16)),
+        # No such block is 32 or smaller.
+        (18944, 32, (9, 256, 74, 74)),
+        (15, 32, ()),
+    ],
 )
-def test_blocks_divide_the_inputs(inputs: int, block: int, kind: Any, expected: int) -> None:
-    assert block_size(inputs, AdapterSettings(kind=kind, block_size=block)) == expected
+def test_butterflies_need_a_power_of_two_of_even_blocks(outputs: int, wanted: int, shape: tuple[int, ...]) -> None:
+    assert rotation_shape(outputs, AdapterSettings(kind="boft", block_size=wanted)) == shape
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 4), (3, 4, 4, 4)])
+@pytest.mark.parametrize("base", [nn.Linear(5, 16), nn.Linear(5, 16, bias=False), nn.Conv2d(4, 16, 3, padding=1)])
+def test_turned_outputs_are_those_of_a_turned_weight_with_the_same_bias(base: Any, shape: tuple[int, ...]) -> None:
+    blocks = torch.randn((shape if len(shape) == 4 else (4, 4, 4)), generator=torch.Generator().manual_seed(0))
+    layer = RotatedLayer(base, tuple(blocks.shape))
+    x = torch.randn(2, 4, 6, 6) if isinstance(base, nn.Conv2d) else torch.randn(2, 3, 5)
+    assert torch.equal(layer(x), base(x))
+    with torch.no_grad():
+        layer.oft_blocks["default"].copy_(blocks)
+    weight = base.weight.detach().clone()
+    turned = weight + layer.change(weight.flatten(1).T).T.reshape(weight.shape)
+    # A rotation leaves lengths as they are, and these are large ones.
+    torch.testing.assert_close(turned.flatten(1).norm(dim=0), weight.flatten(1).norm(dim=0))
+    assert (turned - weight).norm() > 0.5 * weight.norm()
+    found = layer(x)
+    with torch.no_grad():
+        base.weight.copy_(turned)
+        expected = base(x)
+        base.weight.copy_(weight)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("factor", [0, 1, 4, 6, 7, 50])

@@ -57,6 +57,9 @@ def config(layouts: list[Any], adapter: Any = "lora", **base: Any) -> RunConfig:
         ("dora", "diffusers", ("diffusers",)),
         ("loha", "kohya", ("ComfyUI", "A1111", "Forge")),
         ("lokr", "diffusers", ("ComfyUI",)),
+        # oft_blocks: unknown to Forge and diffusers.
+        ("oft", "kohya", ("ComfyUI", "A1111")),
+        ("boft", "diffusers", ("ComfyUI",)),
         # Fused layers hold products only.
         ("dora", "comfyui", ()),
         ("lokr", "comfyui", ()),
@@ -102,8 +105,9 @@ def test_who_does_not_load_a_kind_is_told_with_what_to_do() -> None:
 
 
 def test_a_file_that_nothing_loads_is_called_that() -> None:
-    (words,) = compatibility_problems(config(["kohya"], "oft"), spec())
-    assert words.startswith("No program that lorasmith knows loads an OFT from the kohya layout")
+    only = spec(layouts=("diffusers",), readers={"diffusers": ("diffusers",)})
+    (words,) = compatibility_problems(config(["diffusers"], "oft"), only)
+    assert words.startswith("No program that lorasmith knows loads an OFT from the diffusers layout")
     assert words.endswith("Choose adapter.kind = lora.")
 
 

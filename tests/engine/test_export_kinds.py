@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.boft.layer import BOFTLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,6 +33,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "lokr conv": {"kind": "lokr", "convolutions": True, "conv_rank": 1, "conv_alpha": 2.0},
     "oft": {"kind": "oft", "block_size": 4},
     "boft": {"kind": "boft", "block_size": 4},
+    "oft conv": {"kind": "oft", "block_size": 6, "convolutions": True},
+    "boft conv": {"kind": "boft", "block_size": 2, "convolutions": True},
 }
 
 
@@ -53,7 +56,9 @@ def files_of(family: Family, adapter: Adapter, folder: Path) -> dict[str, Path]:
 
 
 PROVED = [
-    pytest.param(kind, marks=pytest.mark.campaign if kind in ("dora conv", "lokr conv", "lokr full") else ())
+    pytest.param(
+        kind, marks=pytest.mark.campaign if kind in ("dora conv", "lokr conv", "lokr full", "boft conv") else ()
+    )
     for kind in KINDS
 ]
 
@@ -95,8 +100,43 @@ def comfyui_dora(t: dict[str, Tensor], weight: Tensor) -> Tensor:
     return changed * t["dora_scale"] / weight.norm(dim=1, keepdim=True) - weight
 
 
+def rotations(t: dict[str, Tensor]) -> Tensor:
+    skew = t["oft_blocks"] - t["oft_blocks"].transpose(-1, -2)
+    if 0 < t["alpha"] < skew.norm():
+        skew = skew * t["alpha"] / skew.norm()
+    eye = torch.eye(skew.shape[-1])
+    return (eye + skew) @ torch.linalg.inv(eye - skew)
+
+
+def comfyui_oft(t: dict[str, Tensor], weight: Tensor) -> Tensor:
+    """Output m of block k becomes the sum over n of R[k, n, m] times output n: comfy/weight_adapter/oft.py."""
+    matrix = torch.block_diag(*[turn.T for turn in rotations(t)])
+    return (matrix @ weight.flatten(1)).reshape(weight.shape) - weight
+
+
+def comfyui_boft(t: dict[str, Tensor], weight: Tensor) -> Tensor:
+    """Stage i turns blocks made of pairs of outputs 2^i · b / 2 apart: comfy/weight_adapter/boft.py."""
+    outputs = weight.shape[0]
+    matrix = torch.eye(outputs)
+    for stage, blocks in enumerate(rotations(t)):
+        stride = 2**stage * blocks.shape[-1] // 2
+        firsts = [row for row in range(outputs) if row // stride % 2 == 0]
+        order = [row for first in firsts for row in (first, first + stride)]
+        place = torch.eye(outputs)[order]
+        matrix = place.T @ torch.block_diag(*blocks) @ place @ matrix
+    return (matrix @ weight.flatten(1)).reshape(weight.shape) - weight
+
+
 @pytest.mark.parametrize(
-    ("kind", "formula"), [("loha", loha), ("lokr", lokr), ("lokr full", lokr), ("dora", comfyui_dora)]
+    ("kind", "formula"),
+    [
+        ("loha", loha),
+        ("lokr", lokr),
+        ("lokr full", lokr),
+        ("dora", comfyui_dora),
+        ("oft conv", comfyui_oft),
+        ("boft conv", comfyui_boft),
+    ],
 )
 def test_the_written_out_formula_of_other_programs_gives_what_was_trained(
     tiny_sd15: Path, kind: str, formula: Callable[[dict[str, Tensor], Tensor], Tensor]
@@ -122,16 +162,49 @@ def test_lengths_of_dora_have_the_shape_that_comfyui_takes_for_rows(tiny_sd15: P
         assert tensor.dtype == torch.float32
 
 
-def test_rotations_of_outputs_are_read_as_lycoris_means_them() -> None:
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+@pytest.mark.parametrize(("shape", "formula"), [((2, 4, 4), comfyui_oft), ((2, 2, 4, 4), comfyui_boft)])
+def test_rotations_of_outputs_are_read_as_comfyui_means_them(
+    shape: tuple[int, ...], formula: Callable[[dict[str, Tensor], Tensor], Tensor], alpha: float
+) -> None:
     draw = torch.Generator().manual_seed(0)
-    weight, blocks = torch.randn(8, 6, generator=draw), torch.randn(2, 4, 4, generator=draw) * 0.1
-    change = change_of(Stored("x", {"oft_blocks": blocks, "alpha": torch.tensor(0.0)}), weight).written_out()
-    eye = torch.eye(4)
-    for index in range(2):
-        skew = blocks[index] - blocks[index].T
-        turn = (eye + skew) @ torch.linalg.inv(eye - skew)
-        rows = slice(4 * index, 4 * index + 4)
-        torch.testing.assert_close(weight[rows] + change[rows], turn.T @ weight[rows], atol=1e-5, rtol=1e-5)
+    weight, blocks = torch.randn(8, 6, generator=draw), torch.randn(shape, generator=draw)
+    tensors = {"oft_blocks": blocks, "alpha": torch.tensor(alpha)}
+    found = change_of(Stored("x", tensors), weight).written_out()
+    torch.testing.assert_close(found.float(), formula(tensors, weight), atol=1e-4, rtol=1e-4)
+    scaled = change_of(Stored("x", {**tensors, "rescale": torch.full((8, 1), 2.0)}), weight).written_out()
+    torch.testing.assert_close(scaled + weight, 2.0 * (found + weight))
+
+
+def test_rotations_of_inputs_are_read_as_peft_means_them() -> None:
+    from peft import OFTConfig, get_peft_model
+
+    draw = torch.Generator().manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    weight = base[0].weight.detach().clone()
+    model = get_peft_model(base, OFTConfig(target_modules=["0"], r=0, oft_block_size=4, use_cayley_neumann=False))
+    layer: Any = base[0]
+    numbers = layer.oft_R["default"].weight
+    with torch.no_grad():
+        numbers.copy_(torch.randn(numbers.shape, generator=draw))
+    merged = model.merge_and_unload()[0].weight  # type: ignore[operator]
+    found = change_of(Stored("x", {"oft_R.weight": numbers.detach()}), weight).written_out()
+    torch.testing.assert_close((weight + found).float(), merged.detach(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_butterflies_of_inputs_are_the_products_of_pefts_matrices(stages: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    blocks, lengths = torch.randn(stages, 4, 4, 4, generator=draw), torch.rand(6, 1, generator=draw) + 0.5
+    product, weight = torch.eye(16), torch.randn(6, 16, generator=draw)
+    for stage in range(stages):
+        skew = 0.5 * (blocks[stage] - blocks[stage].transpose(1, 2))
+        turned = torch.block_diag(*[(torch.eye(4) - s) @ torch.linalg.inv(torch.eye(4) + s) for s in skew])
+        order = BOFTLayer.block_butterfly_perm(None, 16, 4 // 2**stage, 2, stages - 1)
+        matrix = BOFTLayer.perm2mat(None, order)
+        product = matrix @ turned @ matrix.T @ product
+    found = change_of(Stored("x", {"boft_R": blocks, "boft_s": lengths}), weight).written_out()
+    torch.testing.assert_close((weight + found).float(), lengths * (weight @ product.T), rtol=1e-4, atol=1e-5)
 
 
 def test_two_large_products_with_a_small_difference_survive_16_bits(tiny_sd15: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,8 @@ def error_of(adapter: Adapter, exact: Adapter) -> float:
         ({"kind": "dora"}, {"kind": "dora", "alpha": 4.0}),
         ({"kind": "loha"}, {"kind": "loha", "alpha": 4.0}),
         ({"kind": "lokr"}, {"kind": "lokr", "alpha": 4.0}),
-        pytest.param({"kind": "oft", "block_size": 4}, {"kind": "oft", "block_size": 4}, marks=pytest.mark.campaign),
+        ({"kind": "oft", "block_size": 4}, {"kind": "oft", "block_size": 4}),
+        pytest.param({"kind": "boft", "block_size": 4}, {"kind": "boft", "block_size": 4}, marks=pytest.mark.campaign),
     ],
 )
 def test_what_the_adapter_can_hold_is_taken_over_exactly(
@@ -178,6 +180,38 @@ def test_what_the_adapter_can_hold_is_taken_over_exactly(
     adapter = attach_adapter(family, AdapterSettings(**{"rank": 4, "alpha": 4.0, **wanted}), seed=7)
     assert "32 layers taken over exactly" in start_adapter(adapter, path, family)
     assert error_of(adapter, exact) < 1e-4
+
+
+def test_a_rotation_begins_with_one_that_lycoris_limited_as_it_is_read(tiny_sd15: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    family = load_tiny(tiny_sd15)
+    tensors = build_tensors(family, moved(family, kind="oft", block_size=4), "kohya", torch.float32)
+    limited = {key: torch.tensor(0.1) if key.endswith(".alpha") else tensor for key, tensor in tensors.items()}
+    write(path, limited)
+    other = load_tiny(tiny_sd15)
+    adapter = attach_adapter(other, AdapterSettings(kind="oft", block_size=4), seed=7)
+    assert "32 layers taken over exactly" in start_adapter(adapter, path, other)
+    for module in adapter.modules:
+        blocks = module.tensors["oft_blocks"].detach()
+        assert float((blocks - blocks.transpose(1, 2)).norm()) == pytest.approx(0.1, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"kind": "oft", "block_size": 4}, r"blocks of 4, and this run of 8.*Set adapter.block_size = 4"),
+        ({}, "adds to"),
+    ],
+)
+def test_a_rotation_begins_with_nothing_else(
+    tiny_sd15: Path, tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    path = tmp_path / "x.safetensors"
+    saved(tiny_sd15, path, **settings)
+    family = load_tiny(tiny_sd15)
+    adapter = attach_adapter(family, AdapterSettings(kind="oft", block_size=8), seed=7)
+    with pytest.raises(ConfigError, match=re.compile(words, re.DOTALL)):
+        start_adapter(adapter, path, family)
 
 
 @pytest.mark.parametrize("wanted", [{"rank": 2}, {"kind": "lokr", "lokr_full": True}])

@@ -222,7 +222,8 @@ def test_the_model_hash_is_over_the_weights_alone() -> None:
         ({"kind": "lokr", "lokr_factor": 8}, "lycoris.kohya", {"algo": "lokr", "factor": "8"}),
         ({"kind": "loha", "convolutions": True}, "lycoris.kohya", {"algo": "loha", "conv_dim": "8"}),
         ({"kind": "dora"}, "lycoris.kohya", {"algo": "lora", "dora_wd": "True"}),
-        ({"kind": "oft"}, "peft", {"algo": "oft"}),
+        ({"kind": "oft"}, "lycoris.kohya", {"algo": "diag-oft", "constraint": "0"}),
+        ({"kind": "boft", "convolutions": True}, "lycoris.kohya", {"algo": "boft", "conv_dim": "32"}),
         ({"rslora": True}, "networks.lora", {"rs_lora": "True"}),
     ],
 )
