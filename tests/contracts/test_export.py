@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from lorasmith.engine.export.changes import adaptable_layers
 from lorasmith.engine.export.rules import read_changes
 from lorasmith.engine.families import Family, FamilySpec, FusedName, families, identify_base
 from lorasmith.engine.lora_files import start_adapter
-from lorasmith.engine.sources import locate_base
+from lorasmith.engine.sources import locate_base, read_header
 from tests.tiny import TINY_BUILDERS
 
 RANK = 4
@@ -105,13 +106,33 @@ def test_each_layout_is_read_back_into_the_layers_that_were_trained(base: Path, 
             assert (other.delta(found) - wanted).norm() <= 1e-4 * wanted.norm(), f"{result.layout}: {words}"
 
 
-def test_a_renamed_key_is_refused_in_every_layout(base: Path, tmp_path: Path) -> None:
+def test_a_file_that_only_looks_right_is_refused_in_every_layout(base: Path, tmp_path: Path) -> None:
+    """A renamed key, a wrong prefix, and a strength that only the header tells, which diffusers alone would read."""
     family, adapter = trained(base, ADAPTERS["lora"])
-    config = RunConfig(export=ExportSettings(layouts=list(family.spec.layouts)))  # type: ignore[arg-type]
+    config = RunConfig(export=ExportSettings(layouts=list(family.spec.layouts), precision="fp32"))  # type: ignore[arg-type]
     for result in export_lora(family, adapter, config, tmp_path, "x", {}, 1):
-        tensors = load_file(result.path)
-        key = sorted(tensors)[-1]
-        tensors["x" + key] = tensors.pop(key)
-        save_file(tensors, result.path)
-        with pytest.raises(ExportError, match="unknown key"):
+        tensors, header = load_file(result.path), read_header(result.path)[1]
+        last, prefix = sorted(tensors)[-1], next(iter(tensors)).partition("_blocks")[0].partition(".")[0]
+        for wrong in (
+            {name if name != last else f"x{name}": value for name, value in tensors.items()},
+            {name.replace(prefix, "model", 1): value for name, value in tensors.items()},
+        ):
+            save_file(wrong, result.path)
+            with pytest.raises(ExportError, match="unknown key"):
+                verify_export(result.path, result.layout, family, adapter)
+        weak, told = told_by_header(tensors, header)
+        save_file(weak, result.path, told)
+        with pytest.raises(ExportError, match=r"another weight change|lacks the key"):
             verify_export(result.path, result.layout, family, adapter)
+
+
+def told_by_header(
+    tensors: dict[str, torch.Tensor], header: dict[str, str]
+) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
+    """The file with its strength (alpha 1 of rank 4) nowhere but in the header."""
+    if any(name.endswith(".alpha") for name in tensors):
+        return {name: value for name, value in tensors.items() if not name.endswith(".alpha")}, None
+    weak = {name: value * RANK if name.endswith(".lora_B.weight") else value for name, value in tensors.items()}
+    told = json.loads(header.get("lora_adapter_metadata", "{}"))
+    changed = {key: 1 if key.endswith(".lora_alpha") else value for key, value in told.items()}
+    return weak, header | {"lora_adapter_metadata": json.dumps(changed)} if told else None
