@@ -40,9 +40,9 @@ _LOSSES: dict[tuple[str, str], dict[str, str]] = {
     # diffusers 0.42.1: "Invalid LoRA checkpoint", but for LoKr of some base models, whose families say so.
     ("loha", ""): {"diffusers": "it loads LoRA and DoRA only"},
     ("lokr", ""): {"diffusers": "it loads LoKr of a few base models only, and of this one not"},
-    # comfy/weight_adapter/oft.py and boft.py (ComfyUI 0.3.31 and later) and A1111 extensions-builtin/Lora/network_oft.py
-    # (1.9 and later) turn outputs by `oft_blocks`. Forge's packages_3rdparty/comfyui_lora_collection/lora.py has no rule for them, and the
-    # network_oft.py beside it is not called.
+    # comfy/weight_adapter/oft.py and boft.py (from ComfyUI 0.3.31 on) and extensions-builtin/Lora/network_oft.py of
+    # A1111 (from 1.9 on) turn outputs by `oft_blocks`. packages_3rdparty/comfyui_lora_collection/lora.py of Forge has
+    # no rule for them, and the network_oft.py that it has beside that is not called.
     ("oft", ""): {"Forge": _NO_ROTATIONS, "diffusers": "it loads LoRA and DoRA only"},
     ("boft", ""): {"Forge": _NO_ROTATIONS, "diffusers": "it loads LoRA and DoRA only"},
 }

@@ -9,6 +9,7 @@ from torch import nn
 
 from lorasmith.engine.adapter_layers import kronecker_sides, rotation_shape
 from lorasmith.engine.adapters import Adapter, attach_adapter, selected_layers
+from lorasmith.engine.adapters.change import base_weight
 from lorasmith.engine.adapters.injection import RankDropout
 from lorasmith.engine.adapters.rotation import RotatedLayer
 from lorasmith.engine.adapters.started import first_product
@@ -415,6 +416,26 @@ def test_a_resumed_pissa_has_the_start_of_its_checkpoint(tiny_sd15: Path) -> Non
     adapter.load_state_dict(flipped)
     assert torch.equal(predict(family), before)
     assert all(torch.equal(value, flipped[key]) for key, value in adapter.state_dict().items())
+
+
+def test_the_outputs_of_a_quantized_layer_are_turned_as_its_unpacked_weight_would_be() -> None:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    draw = torch.Generator().manual_seed(0)
+    base = Linear4bit(64, 32, quant_type="nf4", compute_dtype=torch.float32)
+    base.weight = Params4bit(torch.randn(32, 64, generator=draw), requires_grad=False, quant_type="nf4").to("cpu")
+    layer, x = RotatedLayer(base, (4, 8, 8)), torch.randn(3, 64, generator=draw)
+    assert torch.equal(layer(x), base(x))
+    blocks = layer.oft_blocks["default"]
+    with torch.no_grad():
+        blocks.copy_(torch.randn(4, 8, 8, generator=draw) * 0.2)
+    weight = base_weight(layer)
+    turned = weight + layer.change(weight.T).T
+    found = layer(x)
+    torch.testing.assert_close(found, x @ turned.T + base.bias, rtol=1e-4, atol=1e-4)
+    found.square().mean().backward()
+    assert blocks.grad is not None
+    assert bool(blocks.grad.any())
 
 
 def lycoris_factors(dimension: int, factor: int) -> tuple[int, int]:
