@@ -109,17 +109,20 @@ def _turned_blocks(outputs: int, wanted: int, *, butterfly: bool) -> Shape:
         sizes = [outputs >> power for power in range(outputs.bit_length()) if outputs % (2 << power) == 0]
         size = next((size for size in sizes if size <= wanted), sizes[-1] if sizes else 0)
         return ((outputs // size).bit_length(), outputs // size, size, size) if size else ()
-    size = wanted if outputs % wanted == 0 else kronecker_sides(outputs, wanted)[0]
-    size = size if size > 1 else outputs
-    return (outputs // size, size, size) if outputs > 1 else ()
+    near = (min(kronecker_sides(outputs, wanted)), kronecker_sides(outputs, 0)[0], outputs)
+    size = next((size for size in near if size > 1), 0)
+    return (outputs // size, size, size) if size else ()
 
 
 def rotation_shape(outputs: int, settings: AdapterSettings) -> Shape:
     """Return the shape of `oft_blocks`: (blocks, b, b) for OFT, (stages, blocks, b, b) for BOFT, () where none fits.
 
-    b is `block_size` where it divides the outputs, else a smaller divisor by LyCORIS' `factorization` (a prime number
-    of outputs is one block). BOFT needs an even b and a power of two of blocks: the largest such b up to `block_size`,
-    else the smallest; an odd number of outputs has none. With log2(blocks) + 1 stages every output can reach all.
+    OFT follows LyCORIS' `factorization`, so that LyCORIS loads the files too: b is `block_size` where it divides the
+    outputs into no fewer blocks than that, else the number of these blocks, or a smaller divisor. Blocks of one could
+    not turn: then b is near the root of the outputs, or all of them where their number is prime.
+
+    BOFT needs an even b and a power of two of blocks: the largest such b up to `block_size`, else the smallest; an odd
+    number of outputs has none. With log2(blocks) + 1 stages every output can reach all.
     """
     return _turned_blocks(outputs, settings.block_size, butterfly=settings.kind == "boft")
 

@@ -46,8 +46,8 @@ class AdapterSettings(Section):
     lokr_full: bool = False
     """Keep the large factor whole instead of splitting it by rank (`lokr` only)."""
     block_size: Annotated[int, Field(ge=2, le=1024)] = 32
-    """Size of the blocks of outputs that are rotated (`oft` and `boft` only); where it does not divide a layer's
-    outputs, smaller ones."""
+    """Largest size of the blocks of outputs that are rotated (`oft` and `boft` only); smaller where a layer's outputs
+    cannot be divided so, as in LyCORIS."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of LoRA inputs dropped in training (`lora` and `locon`)."""
     rank_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0

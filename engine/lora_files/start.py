@@ -149,7 +149,7 @@ def _other_rotation(module: AdapterModule, part: Part) -> ConfigError:
         fix = "Choose adapter.kind = lora, or remove adapter.start_from."
     else:
         why = f"For {module.path} the file has blocks of {theirs.shape[-1]}, and this run of {own.shape[-1]}."
-        fix = f"Set adapter.block_size = {theirs.shape[-1]}, or remove adapter.start_from."
+        fix = "Set adapter.block_size to what the file was trained with, or remove adapter.start_from."
     return ConfigError(f"adapter.kind = {module.kind} cannot begin with this LoRA.", why=why, fix=fix)
 
 
