@@ -12,7 +12,7 @@ from PIL import Image
 
 from lorasmith.engine import preview_sheet
 from lorasmith.engine.dataset import contact_sheet
-from lorasmith.engine.dataset.contact_sheet import found_codes, sheet_order, write_contact_sheets
+from lorasmith.engine.dataset.contact_sheet import MAX_FOUND_BY_ONE, found_codes, sheet_order, write_contact_sheets
 from lorasmith.engine.dataset.findings import Finding
 from lorasmith.engine.dataset.items import Dataset, ImageItem
 from lorasmith.engine.errors import StorageError
@@ -110,7 +110,8 @@ def test_each_picture_is_placed_once_whatever_the_groups_are(
     items = [ImageItem(Path(name), name, "", 1, 1) for name in present]
     ordered = [item.relative for item in sheet_order(items, [finding("exact-duplicates", groups=groups)])]
     assert sorted(ordered) == present
-    if len(groups) == 1:
+    # A group that is most of the dataset changes nothing.
+    if len(groups) == 1 and len(groups[0]) <= MAX_FOUND_BY_ONE * len(items):
         places = [ordered.index(name) for name in groups[0] if name in present]
         assert not places or max(places) - min(places) == len(places) - 1
 

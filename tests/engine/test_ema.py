@@ -110,7 +110,7 @@ def test_the_checkpoint_keeps_raw_and_averaged_weights_and_the_export_holds_the_
     assert not all(torch.equal(raw[key], averaged[key]) for key in raw)
     assert_holds(next(run.export.glob("*.safetensors")), averaged)
     # The same from the command line, where the raw ones can be asked for; they get a name of their own.
-    for arguments, name, weights in ((), "tiny-diffusers", averaged), (("--raw",), "tiny-raw-diffusers", raw):
+    for arguments, name, weights in ((), "tiny", averaged), (("--raw",), "tiny-raw", raw):
         assert main(["export", str(run.path), "--output", str(tmp_path / "again"), *arguments]) == 0
         assert_holds(tmp_path / "again" / f"{name}.safetensors", weights)
 

@@ -75,7 +75,18 @@ def strategy_for(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]
 
 
 _BOUNDS = ("ge", "gt", "le", "lt", "multiple_of", "min_length")
-STRATEGIES = {key: strategy_for(field.annotation, list(field.metadata)) for key, field in setting_fields()}
+PATTERNS = st.lists(st.from_regex(r"[a-z_.0-9]{1,12}", fullmatch=True), max_size=3)
+OF_THEIR_OWN = {
+    "adapter.include": PATTERNS,
+    "adapter.exclude": PATTERNS,
+    "adapter.block_ranks": st.lists(st.from_regex(r"[a-z_.]{1,9}=[0-9]{1,3}", fullmatch=True), max_size=3),
+    "adapter.block_learning_rates": st.lists(st.from_regex(r"[a-z_.]{1,9}=[1-9]\.[0-9]", fullmatch=True), max_size=3),
+}
+"""Texts with a form that a type cannot tell."""
+STRATEGIES = {
+    key: OF_THEIR_OWN.get(key) or strategy_for(field.annotation, list(field.metadata))
+    for key, field in setting_fields()
+}
 
 
 @st.composite
