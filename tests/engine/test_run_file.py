@@ -84,9 +84,8 @@ OF_THEIR_OWN = {
 }
 """Texts with a form that a type cannot tell."""
 STRATEGIES = {
-    key: OF_THEIR_OWN.get(key) or strategy_for(field.annotation, list(field.metadata))
-    for key, field in setting_fields()
-}
+    key: strategy_for(field.annotation, list(field.metadata)) for key, field in setting_fields()
+} | OF_THEIR_OWN
 
 
 @st.composite
