@@ -138,8 +138,17 @@ def test_the_installed_command_trains_and_judges_the_demo(installed: Path, tmp_p
     # Two steps prove the way from the packaged model and pictures to a LoRA and its measurement, which such a LoRA
     # rightly fails; the whole demo is `make demo`.
     few = ("train.steps=2", "schedule.warmup_steps=0", "previews.every=0", "checkpoints.every=0")
+    # What the console script calls, but for four seeds of the 32.
+    command = """
+import sys
+from functools import partial
+from lorasmith.engine import demo_run
+from lorasmith.tui.__main__ import main
+demo_run.measure_trigger = partial(demo_run.measure_trigger, num_seeds=4)
+sys.exit(main())
+"""
     done = subprocess.run(
-        [installed.parent / "lorasmith", "demo", "--headless", "--output", tmp_path / "runs"]
+        [installed, "-c", command, "demo", "--headless", "--output", tmp_path / "runs"]
         + [part for setting in few for part in ("--set", setting)],
         cwd=tmp_path,
         env={**os.environ, "LORASMITH_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},

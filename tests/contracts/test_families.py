@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,15 @@ from lorasmith.engine.sources import BaseFiles
 from tests.tiny import TINY_BUILDERS, TINY_SIDE
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_collections() -> Iterator[None]:
+    """Let the collections in here look at what is made in here: a full one over every library takes half a second."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module", params=sorted(families()))

@@ -130,6 +130,7 @@ def resume_from(saved: RunFolder, step: int, config: RunConfig) -> Trace:
     return trace(run, config, train(config, run))
 
 
+@pytest.mark.campaign
 def test_three_resumes_in_a_row_each_in_a_process_of_its_own(
     campaign: bool, record: Record, tiny_sd15: Path, tmp_path: Path, faults: FaultServer
 ) -> None:
