@@ -19,6 +19,7 @@ from textual.widgets import Input, Static
 from lorasmith.tui.fields import bounds_of, choices_of, help_of, kind_of, label_of
 from lorasmith.tui.text import masked, safe_str, safe_text
 
+MANY_CHOICES = 6
 _NUMBER_CHARACTERS = "0123456789.+-eE_"
 
 
@@ -152,9 +153,15 @@ class SettingField(Vertical):
         elif origin == "wizard":
             note = safe_text(" · ".join(part for part in (fact, "* changed by you; r takes it back") if part))
         else:
-            note = safe_text(" · ".join(part for part in (fact, origin, reason or bounds_of(self.key)) if part))
+            note = safe_text(" · ".join(part for part in (fact, origin, reason or self._bounds()) if part))
         self._note.set_class(bool(problem), "problem")
         self._note.update(note, layout=False)
+
+    def _bounds(self) -> str:
+        """Return the allowed range; of a long list of words only how many, since the help has them all."""
+        if kind_of(self.key) == "choice" and (number := len(choices_of(self.key))) > MANY_CHOICES:
+            return f"{number} to choose from, left and right; F1 lists them"
+        return bounds_of(self.key)
 
     def help_for(self) -> tuple[str, str]:
         """Return title and explanation for the help."""

@@ -75,3 +75,14 @@ async def test_controls_in_an_input_are_shown_as_marks() -> None:
 
 def _shown(app: App[None]) -> str:
     return "\n".join(strip.text for strip in app.screen._compositor.render_strips())
+
+
+async def test_a_long_list_of_words_is_counted_in_the_note_and_listed_in_the_help() -> None:
+    app = Form("optimizer.name", "adamw")
+    async with app.run_test(size=(80, 24)) as pilot:
+        app.field.tell("default", "", "")
+        await pilot.pause()
+        number = len(choices_of("optimizer.name"))
+        assert f"default · {number} to choose from" in _shown(app)
+        assert "adamw8bit" not in _shown(app)
+        assert "adamw8bit" in app.field.help_for()[1]
