@@ -60,6 +60,7 @@ def jumped(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path) -> dict[st
     return told
 
 
+@pytest.mark.campaign
 def test_a_training_learns_and_resumes_the_same_whatever_the_clock_does(jumped: dict[str, Any], record: Record) -> None:
     assert jumped["losses"] == jumped["calm"]
     assert jumped["outcome"] == "finished"
@@ -70,11 +71,13 @@ def test_a_training_learns_and_resumes_the_same_whatever_the_clock_does(jumped: 
     record(10, "clock jumps within one training", f"{jumped['jumps']}, up to 20 years: losses and resume unchanged")
 
 
+@pytest.mark.campaign
 def test_the_newest_checkpoints_are_kept_not_those_with_the_latest_time(jumped: dict[str, Any]) -> None:
     last = 2 * jumped["jumps"]
     assert jumped["checkpoints"] == [f"step-{step:08d}" for step in (last - 2, last - 1, last)]
 
 
+@pytest.mark.campaign
 def test_event_times_only_grow_and_tell_true_durations(jumped: dict[str, Any]) -> None:
     times = jumped["times"]
     assert times == sorted(times)
@@ -82,10 +85,12 @@ def test_event_times_only_grow_and_tell_true_durations(jumped: dict[str, Any]) -
     assert times[-1] - times[0] - 9 * 3600 == pytest.approx(jumped["took"], abs=5)
 
 
+@pytest.mark.campaign
 def test_step_times_and_with_them_the_time_left_know_nothing_of_the_jumps(jumped: dict[str, Any]) -> None:
     assert all(0 < pace < jumped["took"] for pace in jumped["paces"])
 
 
+@pytest.mark.campaign
 def test_no_jump_is_a_stall(jumped: dict[str, Any]) -> None:
     assert "Stalled" not in jumped["kinds"]
 

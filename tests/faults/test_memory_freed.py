@@ -33,6 +33,7 @@ def rounds(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.campaign
 def test_each_run_ended_in_the_way_that_it_was_to(rounds: list[dict[str, Any]]) -> None:
     assert [(one["round"], one["outcome"], one["step"]) for one in rounds] == [
         ("finish", "finished", 3),
@@ -46,6 +47,7 @@ def test_each_run_ended_in_the_way_that_it_was_to(rounds: list[dict[str, Any]]) 
     ]
 
 
+@pytest.mark.campaign
 def test_no_network_and_no_tensor_outlives_its_run(
     rounds: list[dict[str, Any]], record: Callable[[int, str, str], None]
 ) -> None:
@@ -59,6 +61,7 @@ def test_no_network_and_no_tensor_outlives_its_run(
     )
 
 
+@pytest.mark.campaign
 def test_the_process_does_not_grow_from_run_to_run(
     rounds: list[dict[str, Any]], record: Callable[[int, str, str], None]
 ) -> None:

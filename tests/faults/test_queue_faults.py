@@ -232,6 +232,7 @@ def test_a_run_that_takes_the_machine_down_each_time_is_given_up(work: Work) -> 
     assert work.words()[0] == "It was started 5 times and never came further than step 0."
 
 
+@pytest.mark.campaign
 def test_a_real_training_begins_after_one_whose_settings_were_spoilt(
     tmp_path: Path, tiny_sd15: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,6 +70,7 @@ def test_a_stop_is_obeyed_in_time_whatever_the_training_does(tiny_sd15: Path, tm
         assert (run.checkpoints / f"step-{ended.step:08d}").is_dir()
 
 
+@pytest.mark.campaign
 def test_sigterm_twice_at_random_instants_never_costs_a_checkpoint(
     tiny_sd15: Path, tmp_path: Path, campaign: bool, record: Record
 ) -> None:

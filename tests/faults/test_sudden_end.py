@@ -317,6 +317,7 @@ def large_pictures(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.campaign
 def test_an_address_space_that_is_really_too_small_ends_in_words(
     tiny_sd15: Path, large_pictures: Path, record: Record
 ) -> None:
