@@ -70,6 +70,8 @@ class Hosting:
             while not self._session.join(UNWATCHED_POLL_SECONDS if self._lost else POLL_SECONDS):
                 self._look_around()
                 self._show_events()
+            # A short checkpoint may be saved before the next look.
+            self._tell_stop()
         self._show_events()
         self._ring()
 
@@ -90,11 +92,14 @@ class Hosting:
         if self._suspend:
             self._suspend = False
             self._stop_process()
+        self._tell_stop()
+        if self._stopping.is_overdue(self._session):
+            self._leave_behind()
+
+    def _tell_stop(self) -> None:
         if self._stopping.asked and not self._stop_told:
             self._stop_told = True
             self._printer.line("Saving a checkpoint, then ending. Once more ends at once, without saving.")
-        if self._stopping.is_overdue(self._session):
-            self._leave_behind()
 
     def _take_hang_up(self) -> None:
         hung_up, self._hang_ups = self._hang_ups > 0, 0
