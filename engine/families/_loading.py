@@ -11,6 +11,8 @@ from lorasmith.engine.errors import BaseModelError
 from lorasmith.engine.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from lorasmith.engine.sources import BaseFiles
@@ -92,6 +94,14 @@ def build_scheduler(config: Mapping[str, Any]) -> Any:
     name = str(config.get("_class_name", ""))
     kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
     return (kind or diffusers.DDIMScheduler).from_config(dict(config))
+
+
+def load_transformer_lora(pipeline: Any, path: Path, transformer: torch.nn.Module) -> None:
+    """Load a LoRA file into a transformer as `load_lora_weights` of diffusers' class `pipeline` does."""
+    state, metadata = pipeline.lora_state_dict(
+        str(path.parent), weight_name=path.name, local_files_only=True, return_lora_metadata=True
+    )
+    pipeline.load_lora_into_transformer(state, transformer=transformer, metadata=metadata, low_cpu_mem_usage=True)
 
 
 def first_line(error: BaseException) -> str:

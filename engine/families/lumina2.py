@@ -133,14 +133,9 @@ def _prefixed(layout: str, name: str) -> str:
 
 def load_lora(path: Path, components: Mapping[Component, torch.nn.Module]) -> None:
     """Load a LoRA file into the transformer as `Lumina2Pipeline.load_lora_weights` does."""
-    from diffusers import Lumina2Pipeline as Pipeline
+    from diffusers import Lumina2Pipeline
 
-    state, metadata = Pipeline.lora_state_dict(
-        str(path.parent), weight_name=path.name, local_files_only=True, return_lora_metadata=True
-    )
-    Pipeline.load_lora_into_transformer(
-        state, transformer=components["denoiser"], metadata=metadata, low_cpu_mem_usage=True
-    )
+    loading.load_transformer_lora(Lumina2Pipeline, path, components["denoiser"])
 
 
 class Lumina2(LoadedModel):

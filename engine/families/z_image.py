@@ -127,14 +127,9 @@ def export_name(layout: str, component: Component, module: str) -> str:
 
 def load_lora(path: Path, components: Mapping[Component, torch.nn.Module]) -> None:
     """Load a LoRA file into the transformer as `ZImagePipeline.load_lora_weights` does."""
-    from diffusers import ZImagePipeline as Pipeline
+    from diffusers import ZImagePipeline
 
-    state, metadata = Pipeline.lora_state_dict(
-        str(path.parent), weight_name=path.name, local_files_only=True, return_lora_metadata=True
-    )
-    Pipeline.load_lora_into_transformer(
-        state, transformer=components["denoiser"], metadata=metadata, low_cpu_mem_usage=True
-    )
+    loading.load_transformer_lora(ZImagePipeline, path, components["denoiser"])
 
 
 class ZImage(LoadedModel):
