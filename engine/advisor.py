@@ -35,7 +35,7 @@ class Advice:
 
 def goals(family: str) -> tuple[str, ...]:
     """Return the goals that a family's preset knows, the first one being the usual one."""
-    return tuple(_read_preset(family).get("goal", {}))
+    return tuple(read_preset(family).get("goal", {}))
 
 
 def recommend(family: str, goal: str, num_images: int, native_resolution: int, vram_gib: float | None) -> list[Advice]:
@@ -43,7 +43,7 @@ def recommend(family: str, goal: str, num_images: int, native_resolution: int, v
 
     Raises ConfigError for a family without a preset and for an unknown goal.
     """
-    preset = _read_preset(family)
+    preset = read_preset(family)
     known_goals = preset.get("goal", {})
     if goal not in known_goals:
         raise ConfigError(f"Unknown goal {goal} for {family}.", fix=f"Known goals: {', '.join(known_goals)}.")
@@ -114,7 +114,8 @@ def _advice(key: str, origin: str, entry: Mapping[str, Any], steps: int) -> Advi
     return Advice(key, value, entry["why"], entry["source"], origin)
 
 
-def _read_preset(family: str) -> dict[str, Any]:
+def read_preset(family: str) -> dict[str, Any]:
+    """Return a family's preset file as it is; raises ConfigError where there is none."""
     import lorasmith.presets
 
     paths = [Path(folder) / f"{family}.toml" for folder in lorasmith.presets.__path__]

@@ -20,6 +20,7 @@ from lorasmith.engine.config_data import DatasetSettings as DatasetSettings
 from lorasmith.engine.config_data import Probability as Probability
 from lorasmith.engine.config_data import RunSettings as RunSettings
 from lorasmith.engine.config_data import Section as Section
+from lorasmith.engine.config_memory import MemorySettings as MemorySettings
 from lorasmith.engine.config_training import ObjectiveSettings as ObjectiveSettings
 from lorasmith.engine.config_training import OptimizerSettings as OptimizerSettings
 from lorasmith.engine.config_training import ScheduleSettings as ScheduleSettings
@@ -82,6 +83,7 @@ class RunConfig(Section):
     schedule: ScheduleSettings = ScheduleSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
     train: TrainSettings = TrainSettings()
+    memory: MemorySettings = MemorySettings()
     validation: ValidationSettings = ValidationSettings()
     checkpoints: CheckpointSettings = CheckpointSettings()
     previews: PreviewSettings = PreviewSettings()

@@ -18,7 +18,7 @@ from lorasmith.engine.checkpoints import Checkpoint, remove_unfinished
 from lorasmith.engine.combinations import base_contradictions
 from lorasmith.engine.compatibility import compatibility_problems, require_compatible
 from lorasmith.engine.compute import Compute, package_versions
-from lorasmith.engine.config import CaptionSettings, RunConfig
+from lorasmith.engine.config import CaptionSettings, MemorySettings, RunConfig
 from lorasmith.engine.controls import Host, RunPaths
 from lorasmith.engine.dataset.buckets import BucketPlan, plan_buckets
 from lorasmith.engine.dataset.captions import full_prompt
@@ -32,7 +32,7 @@ from lorasmith.engine.errors import ConfigError
 from lorasmith.engine.event_words import some_names
 from lorasmith.engine.events import DatasetReady, Event, Logged, RunStarted, StageChanged
 from lorasmith.engine.export import require_exportable
-from lorasmith.engine.families import BaseIdentity, Conditioning, Family, FamilyModule, identify_base
+from lorasmith.engine.families import BaseIdentity, Conditioning, Family, FamilyModule, Placement, identify_base
 from lorasmith.engine.holdout import HeldOut, plan_held_out, require_pictures, split
 from lorasmith.engine.learner import Learner, build_learner
 from lorasmith.engine.lora_files import start_adapter
@@ -134,7 +134,24 @@ def _tell_download(config: RunConfig, emit: Callable[[Event], None]) -> None:
         emit(Logged(severity="info", message=words))
 
 
-def load_base(base: FoundBase, compute: Compute, emit: Callable[[Event], None], rungs: Rungs | None = None) -> Family:
+def placement_of(settings: MemorySettings, *, apart: bool = False) -> Placement:
+    """Return how a run keeps its base model's weights."""
+    return Placement(
+        apart=settings.apart or apart,
+        quantize=settings.quantize,
+        quantize_text_encoders=settings.quantize_text_encoders,
+        quantized_matmul=settings.quantized_matmul,
+        swapped_blocks=settings.swapped_blocks,
+    )
+
+
+def load_base(
+    base: FoundBase,
+    compute: Compute,
+    emit: Callable[[Event], None],
+    rungs: Rungs | None = None,
+    settings: MemorySettings | None = None,
+) -> Family:
     """Load the weights of the base model; raises HardwareError with the needed memory where it does not fit."""
     emit(StageChanged(stage="load", label=f"Loading the base model on {compute.label}"))
     rungs = rungs or Rungs(emit)
@@ -143,7 +160,11 @@ def load_base(base: FoundBase, compute: Compute, emit: Callable[[Event], None], 
     return rungs.attempt(
         "load",
         lambda: base.module.load(
-            base.files, base.identity, compute.device, compute.dtype, apart="apart" in rungs.taken("load")
+            base.files,
+            base.identity,
+            compute.device,
+            compute.dtype,
+            placement_of(settings or MemorySettings(), apart="apart" in rungs.taken("load")),
         ),
         ladder,
         fix=f"The weights are {readable_size(needed)} in their files. Close other programs that use this memory, set "

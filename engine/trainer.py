@@ -66,7 +66,7 @@ def train(run: RunPaths, config: RunConfig, host: Host) -> None:
         # Everything that is wrong with the base or the pictures is told before minutes of loading.
         base = find_base(config, host.emit)
         material = read_dataset(config, base.module.SPEC.pixel_multiple, host.emit)
-        family = load_base(base, compute, host.emit, rungs)
+        family = load_base(base, compute, host.emit, rungs, config.memory)
         adapter, training_adapter = adapt(config, base, family, checkpoint, host.emit)
         disk = require_space(config, run, adapter.num_parameters(), controls.step)
         tell_disk_plan(run, disk, host.emit)

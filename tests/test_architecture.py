@@ -87,12 +87,16 @@ def test_every_engine_module_has_its_layer() -> None:
         "adapters",
         "captioners",
         "cli",
+        "doctor",
         "export",
         "families",
         "inspect_file",
         "lora_files",
+        "memory",
         "objectives",
         "optimizers",
+        "quantization",
+        "simulation",
     )
     packages = tuple(f"lorasmith.engine.{name}" for name in inner)
     for path in SOURCES:

@@ -32,6 +32,8 @@ Conditioning = dict[str, "torch.Tensor"]
 Prediction = Literal["epsilon", "v_prediction", "velocity"]
 MemoryMeasure = Literal["apart", "tiles", "draw on cpu"]
 """Ways to need less memory; see `Family.save_memory`."""
+Quantization = Literal["none", "fp8", "int8", "nf4"]
+"""Number formats that frozen linear layers can be kept in."""
 TimestepSampling = Literal["uniform", "sigmoid", "logit_normal", "mode", "shift", "resolution_shift"]
 """Which noise levels a flow model is trained at how often."""
 
@@ -122,6 +124,26 @@ class BaseIdentity:
     precision: str
     parts_missing: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a base model's weights are kept: see `MemorySettings`, whose names these are.
+
+    With `apart` from the start as `Family.save_memory("apart")` says, the autoencoder is loaded only once it is needed,
+    and the denoiser waits in main memory until the encoders are released. With `swapped_blocks` it waits there until
+    `engine.block_swap` takes it.
+    """
+
+    apart: bool = False
+    quantize: Quantization = "none"
+    quantize_text_encoders: Quantization = "none"
+    quantized_matmul: bool = False
+    swapped_blocks: int = 0
+
+
+ON_DEVICE = Placement()
+"""Everything on the device, in the format that is computed in."""
 
 
 @dataclass(frozen=True)
@@ -235,13 +257,9 @@ class FamilyModule(Protocol):
         identity: BaseIdentity,
         device: torch.device,
         dtype: torch.dtype,
-        *,
-        apart: bool = False,
+        placement: Placement = ON_DEVICE,
     ) -> Family:
-        """Load every part of the base model, frozen and in eval mode.
-
-        With `apart` from the start as `Family.save_memory("apart")` says, and the autoencoder only once it is needed.
-        """
+        """Load every part of the base model, frozen and in eval mode, and keep it as `placement` says."""
         ...
 
     def load_tokenizers(self, files: BaseFiles) -> list[Any]:

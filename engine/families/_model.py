@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorasmith.engine.errors import BaseModelError
 from lorasmith.engine.families import (
+    ON_DEVICE,
     BaseIdentity,
     Component,
     Conditioning,
@@ -21,6 +22,7 @@ from lorasmith.engine.families import (
     FamilySpec,
     MemoryMeasure,
     PictureRequest,
+    Placement,
     present_text_parts,
 )
 from lorasmith.engine.families import _loading as loading
@@ -49,14 +51,15 @@ class LoadedModel:
         identity: BaseIdentity,
         device: torch.device,
         dtype: torch.dtype,
-        *,
-        apart: bool = False,
+        placement: Placement = ON_DEVICE,
     ) -> None:
         loading.quiet_libraries()
         self.identity, self.device, self.dtype, self.files = identity, device, dtype, files
         self.vae_dtype = self.choose_vae_dtype()
         self.guidance = 1.0
         self.tile_side = 0
+        self.placement = placement
+        apart = placement.apart
         self._apart, self._draws_on_cpu, self._encodes_images = apart, False, True
         self.noise_schedule: Mapping[str, Any] = self.load_noise_schedule()
         self.tokenizers = self.load_tokenizers()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine.errors import ExportError
 from lorasmith.engine.families import (
+    ON_DEVICE,
     BaseIdentity,
     Component,
     Conditioning,
@@ -19,6 +20,7 @@ from lorasmith.engine.families import (
     FamilySpec,
     FusedName,
     License,
+    Placement,
 )
 from lorasmith.engine.families import _chroma_identify as recognition
 from lorasmith.engine.families import _encoder_t5 as t5
@@ -101,14 +103,18 @@ def identify(files: BaseFiles) -> BaseIdentity | None:
 
 
 def load(
-    files: BaseFiles, identity: BaseIdentity, device: torch.device, dtype: torch.dtype, *, apart: bool = False
+    files: BaseFiles,
+    identity: BaseIdentity,
+    device: torch.device,
+    dtype: torch.dtype,
+    placement: Placement = ON_DEVICE,
 ) -> Chroma:
-    """Load transformer, autoencoder, T5 and its tokenizer, frozen and in eval mode; see `Family` for `apart`.
+    """Load transformer, autoencoder, T5 and its tokenizer, frozen and in eval mode; kept as `placement` says.
 
     Raises BaseModelError naming the part that is missing or does not fit.
     """
     own.refuse_missing(files, identity.parts_missing)
-    return Chroma(files, identity, device, dtype, apart=apart)
+    return Chroma(files, identity, device, dtype, placement)
 
 
 def load_tokenizers(files: BaseFiles) -> list[Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine.errors import ExportError
 from lorasmith.engine.families import (
+    ON_DEVICE,
     BaseIdentity,
     Component,
     Conditioning,
@@ -18,6 +19,7 @@ from lorasmith.engine.families import (
     FamilySpec,
     FusedName,
     License,
+    Placement,
 )
 from lorasmith.engine.families import _encoder_clip as clip
 from lorasmith.engine.families import _encoder_t5 as t5
@@ -120,14 +122,18 @@ def identify(files: BaseFiles) -> BaseIdentity | None:
 
 
 def load(
-    files: BaseFiles, identity: BaseIdentity, device: torch.device, dtype: torch.dtype, *, apart: bool = False
+    files: BaseFiles,
+    identity: BaseIdentity,
+    device: torch.device,
+    dtype: torch.dtype,
+    placement: Placement = ON_DEVICE,
 ) -> Flux1:
     """Load transformer, autoencoder, both text encoders and tokenizers, frozen and in eval mode; see `Family`.
 
     Raises BaseModelError naming the part that is missing or does not fit.
     """
     own.refuse_missing(files, identity.parts_missing)
-    return Flux1(files, identity, device, dtype, apart=apart)
+    return Flux1(files, identity, device, dtype, placement)
 
 
 def load_tokenizers(files: BaseFiles) -> list[Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine.errors import BaseModelError, ExportError
 from lorasmith.engine.families import (
+    ON_DEVICE,
     BaseIdentity,
     Component,
     Conditioning,
@@ -18,6 +19,7 @@ from lorasmith.engine.families import (
     FamilySpec,
     FusedName,
     License,
+    Placement,
 )
 from lorasmith.engine.families import _encoder_mistral as mistral
 from lorasmith.engine.families import _encoder_qwen as qwen
@@ -105,15 +107,19 @@ def identify(files: BaseFiles) -> BaseIdentity | None:
 
 
 def load(
-    files: BaseFiles, identity: BaseIdentity, device: torch.device, dtype: torch.dtype, *, apart: bool = False
+    files: BaseFiles,
+    identity: BaseIdentity,
+    device: torch.device,
+    dtype: torch.dtype,
+    placement: Placement = ON_DEVICE,
 ) -> Flux2:
-    """Load transformer, autoencoder, text encoder and tokenizer, frozen and in eval mode; see `Family` for `apart`.
+    """Load transformer, autoencoder, text encoder and tokenizer, frozen and in eval mode; kept as `placement` says.
 
     Raises BaseModelError naming the part that is missing or does not fit.
     """
     if identity.parts_missing:
         raise own.missing(files, " and no ".join(identity.parts_missing), own.examples(files, identity.parts_missing))
-    return Flux2(files, identity, device, dtype, apart=apart)
+    return Flux2(files, identity, device, dtype, placement)
 
 
 def load_tokenizers(files: BaseFiles) -> list[Any]:

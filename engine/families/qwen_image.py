@@ -10,7 +10,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine.errors import ExportError
-from lorasmith.engine.families import BaseIdentity, Component, Conditioning, DrawSettings, FamilySpec, License
+from lorasmith.engine.families import (
+    ON_DEVICE,
+    BaseIdentity,
+    Component,
+    Conditioning,
+    DrawSettings,
+    FamilySpec,
+    License,
+    Placement,
+)
 from lorasmith.engine.families import _autoencoder_qwen as autoencoder
 from lorasmith.engine.families import _encoder_qwen as qwen
 from lorasmith.engine.families import _loading as loading
@@ -86,15 +95,19 @@ def identify(files: BaseFiles) -> BaseIdentity | None:
 
 
 def load(
-    files: BaseFiles, identity: BaseIdentity, device: torch.device, dtype: torch.dtype, *, apart: bool = False
+    files: BaseFiles,
+    identity: BaseIdentity,
+    device: torch.device,
+    dtype: torch.dtype,
+    placement: Placement = ON_DEVICE,
 ) -> QwenImage:
-    """Load transformer, autoencoder, text encoder and tokenizer, frozen and in eval mode; see `Family` for `apart`.
+    """Load transformer, autoencoder, text encoder and tokenizer, frozen and in eval mode; kept as `placement` says.
 
     Raises BaseModelError naming the part that is missing or does not fit.
     """
     if identity.parts_missing:
         raise own.missing(files, identity.parts_missing)
-    return QwenImage(files, identity, device, dtype, apart=apart)
+    return QwenImage(files, identity, device, dtype, placement)
 
 
 def load_tokenizers(files: BaseFiles) -> list[Any]:

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine.errors import BaseModelError, ExportError
 from lorasmith.engine.families import (
+    ON_DEVICE,
     BaseIdentity,
     Component,
     Conditioning,
     DrawSettings,
     FamilySpec,
     License,
+    Placement,
     Prediction,
 )
 from lorasmith.engine.families import _loading as loading
@@ -81,16 +83,20 @@ def identify(files: BaseFiles) -> BaseIdentity | None:
 
 
 def load(
-    files: BaseFiles, identity: BaseIdentity, device: torch.device, dtype: torch.dtype, *, apart: bool = False
+    files: BaseFiles,
+    identity: BaseIdentity,
+    device: torch.device,
+    dtype: torch.dtype,
+    placement: Placement = ON_DEVICE,
 ) -> StableDiffusion:
-    """Load UNet, autoencoder, text encoder and tokenizer, frozen and in eval mode; see `Family` for `apart`.
+    """Load UNet, autoencoder, text encoder and tokenizer, frozen and in eval mode; kept as `placement` says.
 
     `identity.prediction` wins over the files' own, so that a wrong scheduler configuration can be overruled.
     Raises BaseModelError naming the part that is missing or does not fit.
     """
     if identity.parts_missing:
         raise loading.missing_part(files, " and no ".join(identity.parts_missing))
-    return StableDiffusion(files, identity, device, dtype, apart=apart)
+    return StableDiffusion(files, identity, device, dtype, placement)
 
 
 def load_tokenizers(files: BaseFiles) -> list[Any]:

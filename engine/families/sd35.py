@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine.errors import ExportError
 from lorasmith.engine.families import (
+    ON_DEVICE,
     BaseIdentity,
     Component,
     Conditioning,
     DrawSettings,
     FamilySpec,
     License,
+    Placement,
 )
 from lorasmith.engine.families import _loading as loading
 from lorasmith.engine.families import _sd35_files as own
@@ -99,14 +101,18 @@ def identify(files: BaseFiles) -> BaseIdentity | None:
 
 
 def load(
-    files: BaseFiles, identity: BaseIdentity, device: torch.device, dtype: torch.dtype, *, apart: bool = False
+    files: BaseFiles,
+    identity: BaseIdentity,
+    device: torch.device,
+    dtype: torch.dtype,
+    placement: Placement = ON_DEVICE,
 ) -> StableDiffusion3:
-    """Load transformer, autoencoder, text encoders and tokenizers, frozen and in eval mode; see `Family` for `apart`.
+    """Load transformer, autoencoder, text encoders and tokenizers, frozen and in eval mode; kept as `placement` says.
 
     Raises BaseModelError naming the part that is missing or does not fit.
     """
     own.require_parts(files, identity, SPEC.latent_channels)
-    return StableDiffusion3(files, identity, device, dtype, apart=apart)
+    return StableDiffusion3(files, identity, device, dtype, placement)
 
 
 def load_tokenizers(files: BaseFiles) -> list[Any]:

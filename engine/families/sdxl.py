@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine.errors import ExportError
 from lorasmith.engine.families import (
+    ON_DEVICE,
     BaseIdentity,
     Component,
     Conditioning,
     DrawSettings,
     FamilySpec,
     License,
+    Placement,
 )
 from lorasmith.engine.families import _sdxl_parts as parts
 from lorasmith.engine.families._model import AfterStep, LoadedModel
@@ -94,15 +96,19 @@ def identify(files: BaseFiles) -> BaseIdentity | None:
 
 
 def load(
-    files: BaseFiles, identity: BaseIdentity, device: torch.device, dtype: torch.dtype, *, apart: bool = False
+    files: BaseFiles,
+    identity: BaseIdentity,
+    device: torch.device,
+    dtype: torch.dtype,
+    placement: Placement = ON_DEVICE,
 ) -> StableDiffusionXL:
-    """Load UNet, autoencoder, text encoders and tokenizers, frozen and in eval mode; see `Family` for `apart`.
+    """Load UNet, autoencoder, text encoders and tokenizers, frozen and in eval mode; kept as `placement` says.
 
     `identity.prediction` wins over the files' own, so that a wrong scheduler configuration can be overruled.
     Raises BaseModelError naming the part that is missing or does not fit.
     """
     parts.require_parts(files, identity, SPEC.latent_channels)
-    return StableDiffusionXL(files, identity, device, dtype, apart=apart)
+    return StableDiffusionXL(files, identity, device, dtype, placement)
 
 
 def load_tokenizers(files: BaseFiles) -> list[Any]:

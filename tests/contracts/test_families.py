@@ -24,6 +24,7 @@ from lorasmith.engine.families import (
     FamilyModule,
     FusedName,
     PictureRequest,
+    Placement,
     families,
     identify_base,
 )
@@ -310,7 +311,7 @@ def test_a_trained_text_encoder_stays_when_the_autoencoder_goes(files: BaseFiles
 
 def test_parts_loaded_apart_give_the_very_same_results(files: BaseFiles, family: Family) -> None:
     module, identity = identify_base(files)
-    apart = module.load(files, identity, CPU, torch.float32, apart=True)
+    apart = module.load(files, identity, CPU, torch.float32, Placement(apart=True))
     assert not any(_is_autoencoder(value) for value in vars(apart).values())
     assert torch.equal(apart.encode_images(_pixels(1, 2)), family.encode_images(_pixels(1, 2)))
     for own, other in zip(apart.encode_prompts(["red", "blue"]), family.encode_prompts(["red", "blue"]), strict=True):

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine.errors import ExportError
-from lorasmith.engine.families import BaseIdentity, Component, Conditioning, DrawSettings, FamilySpec, License
+from lorasmith.engine.families import (
+    ON_DEVICE,
+    BaseIdentity,
+    Component,
+    Conditioning,
+    DrawSettings,
+    FamilySpec,
+    License,
+    Placement,
+)
 from lorasmith.engine.families import _loading as loading
 from lorasmith.engine.families._model import AfterStep, LoadedModel
 
@@ -63,12 +72,16 @@ def identify(files: BaseFiles) -> BaseIdentity | None:
 
 
 def load(
-    files: BaseFiles, identity: BaseIdentity, device: torch.device, dtype: torch.dtype, *, apart: bool = False
+    files: BaseFiles,
+    identity: BaseIdentity,
+    device: torch.device,
+    dtype: torch.dtype,
+    placement: Placement = ON_DEVICE,
 ) -> Pebble:
     """Load all parts."""
     if identity.parts_missing:
         raise loading.missing_part(files, " and no ".join(identity.parts_missing))
-    return Pebble(files, identity, device, dtype, apart=apart)
+    return Pebble(files, identity, device, dtype, placement)
 
 
 def load_tokenizers(files: BaseFiles) -> list[Any]:

@@ -1,7 +1,4 @@
-"""Sizes that follow from settings and headers alone: the adapter, the base's weights, the memory of a step. Torch-free.
-
-A first version: the forecast is made only where published measurements cover the settings, and is None elsewhere.
-"""
+"""Sizes that follow from settings and headers alone: the adapter and the base's weights. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Block swap: frozen blocks that wait in main memory and come to the card while others compute."""

@@ -1,0 +1,1 @@
+"""What a run costs: hours, energy, and money at dated prices. Torch-free."""
