@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import ClassVar
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -54,7 +55,10 @@ class SafeInput(Input):
 
 
 class Choice(Widget, can_focus=True):
-    """One of a few words on one row: `‹ adamw ›`, changed with left and right, or space."""
+    """One of a few words on one row: `‹ adamw ›`, changed with left and right, or space.
+
+    Words in `unusable` are shown in brackets and passed over.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left", "move(-1)", "Previous", show=False, id="choice-previous"),
@@ -78,24 +82,36 @@ class Choice(Widget, can_focus=True):
     def __init__(self, options: tuple[str, ...], value: str, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.options = options
+        self.unusable: frozenset[str] = frozenset()
         self.set_reactive(Choice.value, value)
+
+    def forbid(self, words: frozenset[str]) -> None:
+        """Take these words for unusable on this machine."""
+        if words != self.unusable:
+            self.unusable = words
+            self.refresh()
 
     def render(self) -> Text:
         """Draw all words where they fit with the chosen one in brackets, else the chosen one alone."""
-        whole = "  ".join(f"[{option}]" if option == self.value else option for option in self.options)
-        if len(whole) > self.size.width or self.value not in self.options:
+        words = [self._marked(option) for option in self.options]
+        if len("  ".join(words)) > self.size.width or self.value not in self.options:
             return safe_text(f"‹ {self.value} ›")
         text = Text()
-        for option in self.options:
-            chosen = option == self.value
-            text.append(f"[{option}]" if chosen else option, style="bold" if chosen else "dim")
+        for option, word in zip(self.options, words, strict=True):
+            text.append(word, style="bold" if option == self.value else "dim")
             text.append("  ")
         return text
 
+    def _marked(self, option: str) -> str:
+        if option == self.value:
+            return f"[{option}]"
+        return f"({option})" if option in self.unusable else option
+
     def action_move(self, by: int) -> None:
-        """Choose the next or previous word, around the end."""
-        index = self.options.index(self.value) if self.value in self.options else -1
-        self.value = self.options[(index + by) % len(self.options)]
+        """Choose the next or previous usable word, around the end."""
+        usable = [option for option in self.options if option not in self.unusable or option == self.value]
+        index = usable.index(self.value) if self.value in usable else -1
+        self.value = usable[(index + by) % len(usable)] if usable else self.value
         self.post_message(self.Changed(self, self.value))
 
     def on_click(self) -> None:
@@ -119,6 +135,7 @@ class SettingField(Vertical):
         self.key = key
         self.source = ""
         self._text = text
+        self._unusable: Mapping[str, str] = {}
         self._note: Static = Static("", classes="note", markup=False)
 
     def compose(self) -> ComposeResult:
@@ -146,10 +163,19 @@ class SettingField(Vertical):
             if isinstance(control, SafeInput | Choice):
                 control.value = text
 
-    def tell(self, origin: str, reason: str, problem: str, fact: str = "") -> None:
+    def forbid(self, unusable: Mapping[str, str]) -> None:
+        """Pass over the words that this machine cannot use; the help says why."""
+        control = self.control
+        if isinstance(control, Choice):
+            control.forbid(frozenset(unusable))
+        self._unusable = unusable
+
+    def tell(self, origin: str, reason: str, problem: str, fact: str = "", warning: str = "") -> None:
         """Show where the value comes from and why, or what is wrong with it; `fact` is what it amounts to."""
         if problem:
             note = safe_text(f"✗ {problem}")
+        elif warning:
+            note = safe_text(f"! {warning}")
         elif origin == "wizard":
             note = safe_text(" · ".join(part for part in (fact, "* changed by you; r takes it back") if part))
         else:
@@ -167,6 +193,7 @@ class SettingField(Vertical):
         """Return title and explanation for the help."""
         bounds = bounds_of(self.key)
         about = f"{help_of(self.key)}\n\n{self.key}{f': {bounds}' if bounds else ''}"
+        about += "".join(f"\n\n({word}) cannot be used here: {why}" for word, why in self._unusable.items())
         return label_of(self.key), f"{about}\n\n{self.source}" if self.source else about
 
     def on_input_changed(self, event: Input.Changed) -> None:

@@ -86,3 +86,26 @@ async def test_a_long_list_of_words_is_counted_in_the_note_and_listed_in_the_hel
         assert f"default · {number} to choose from" in _shown(app)
         assert "adamw8bit" not in _shown(app)
         assert "adamw8bit" in app.field.help_for()[1]
+
+
+async def test_words_that_this_machine_cannot_use_are_passed_over_and_the_help_says_why() -> None:
+    app = Form("memory.quantize", "none")
+    async with app.run_test(size=(80, 24)) as pilot:
+        app.field.forbid({"nf4": "bitsandbytes cannot be imported.", "fp8": "This card has none."})
+        app.field.control.focus()
+        await pilot.pause()
+        assert "[none]  (fp8)  int8  (nf4)" in _shown(app)
+        await pilot.press("right", "right")
+        assert app.changes == ["int8", "none"]
+        assert "(nf4) cannot be used here: bitsandbytes cannot be imported." in app.field.help_for()[1]
+
+
+async def test_a_warning_is_told_with_a_mark_and_a_problem_comes_first() -> None:
+    app = Form("optimizer.learning_rate", "0.001")
+    async with app.run_test(size=(80, 24)) as pilot:
+        app.field.tell("wizard", "", "", "", "Ten times the usual rate.")
+        await pilot.pause()
+        assert "! Ten times the usual rate." in _shown(app)
+        app.field.tell("wizard", "", "Must be less than 1.", "", "Ten times the usual rate.")
+        await pilot.pause()
+        assert "✗ Must be less than 1." in _shown(app)
