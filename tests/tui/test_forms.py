@@ -11,6 +11,8 @@ from tests.tui.test_text import HOSTILE
 
 
 class Form(App[None]):
+    CSS = ".label { width: 20; } Choice { width: 1fr; height: 1; }"
+
     def __init__(self, key: str, text: str) -> None:
         super().__init__()
         self.field = SettingField(key, text)
