@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine.errors import BaseModelError
 from lorasmith.engine.families import _language_model as language_model
-from lorasmith.engine.families._loading import first_line, load_part, missing_part
+from lorasmith.engine.families._loading import first_line, has_part, load_part, missing_part, read_config
 from lorasmith.engine.families._weights import FoundWeights, fill_module, find_weights, part_paths, read_weights
 
 if TYPE_CHECKING:
@@ -90,9 +90,9 @@ def load_folder(files: BaseFiles, dtype: torch.dtype, layers: int) -> Any:
     """Load the first `layers` layers of the language model from a diffusers folder, without its picture encoder."""
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
-    if not files.weight_files(PART):
+    if not has_part(files, PART):
         raise missing_part(files, PART)
-    config = Mistral3Config.from_pretrained(files.path / PART, local_files_only=True)
+    config = read_config(files, PART, Mistral3Config)
     if config.text_config.num_hidden_layers < layers:
         raise BaseModelError(
             f"The {PART} of {files.origin} has only {config.text_config.num_hidden_layers} layers of {layers}.",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lorasmith.engine.errors import BaseModelError
 from lorasmith.engine.families import _encoder_qwen as qwen
 from lorasmith.engine.families import _language_model as language_model
-from lorasmith.engine.families._loading import missing_part
+from lorasmith.engine.families._loading import builds_skeletons, missing_part, without_weights
 from lorasmith.engine.families._weights import FoundWeights, fill_module, part_paths, read_weights
 from lorasmith.engine.safetensors_header import read_header
 
@@ -59,6 +59,8 @@ def load(files: BaseFiles, layers: int, dtype: torch.dtype, width: int = 0) -> A
     from transformers import Qwen3Config, Qwen3Model
 
     found = find(files, width)
+    if not found and builds_skeletons() and files.config(PART):
+        return _skeleton(files, layers, dtype)
     if not found:
         raise missing_part(files, PART)
     tensors = _together(found)
@@ -85,6 +87,18 @@ def load(files: BaseFiles, layers: int, dtype: torch.dtype, width: int = 0) -> A
         weights,
         dtype,
     )
+
+
+def _skeleton(files: BaseFiles, layers: int, dtype: torch.dtype) -> Any:
+    """Build the layers that are read by the configuration alone, where there are no weights to tell the sizes."""
+    from accelerate import init_empty_weights
+    from transformers import Qwen3Config, Qwen3Model
+
+    text = files.config(PART)["text_config"]
+    config = Qwen3Config(**{name: text[name] for name in language_model.SIZES}, max_position_embeddings=262144)
+    with init_empty_weights():
+        model = language_model.without_norm(Qwen3Model(language_model.cut_config(config, layers)))
+    return without_weights(model, dtype)
 
 
 def load_tokenizer(folder: Path | None = None) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine.errors import BaseModelError
-from lorasmith.engine.families._loading import first_line, load_part, missing_part
+from lorasmith.engine.families._loading import first_line, has_part, load_part, missing_part, read_config
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 HEAD = 128
 """Numbers in an attention head of every language model here; smaller ones have one head for keys and values."""
 EMBEDDING = "embed_tokens.weight"
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+)
+"""What a configuration calls the sizes of a language model."""
 _QUERY, _KEY = "layers.0.self_attn.q_proj.weight", "layers.0.self_attn.k_proj.weight"
 _GATE = "layers.0.mlp.gate_proj.weight"
 _WORDS = ("lm_head.", "norm.")
@@ -92,9 +97,9 @@ def load_folder(files: BaseFiles, part: str, kind: Any, layers: int, dtype: torc
 
     Returns the model whose `hidden_states[k]` for k <= layers are those of the whole one.
     """
-    if not files.weight_files(part):
+    if not has_part(files, part):
         raise missing_part(files, part)
-    config = kind.config_class.from_pretrained(files.path / part, local_files_only=True)
+    config = read_config(files, part, kind.config_class)
     if config.num_hidden_layers < layers:
         raise BaseModelError(
             f"The {part} of {files.origin} has only {config.num_hidden_layers} layers of the {layers} that are read.",

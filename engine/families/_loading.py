@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine.errors import BaseModelError
@@ -16,6 +18,29 @@ if TYPE_CHECKING:
     import torch
 
     from lorasmith.engine.sources import BaseFiles
+
+
+_skeletons: ContextVar[bool] = ContextVar("skeletons", default=False)
+
+
+@contextlib.contextmanager
+def skeletons() -> Iterator[None]:
+    """Let base models be loaded without their weights inside: every part is built on the meta device.
+
+    Layers, shapes and number formats are those of the loaded model. Only configurations and headers are read, and no
+    tokenizers, so that `module.load(files, identity, torch.device("meta"), dtype)` takes seconds for any size and works
+    for files that have no weights.
+    """
+    token = _skeletons.set(True)
+    try:
+        yield
+    finally:
+        _skeletons.reset(token)
+
+
+def builds_skeletons() -> bool:
+    """Tell whether parts are built without their weights now; see `skeletons`."""
+    return _skeletons.get()
 
 
 def quiet_libraries() -> None:
@@ -39,9 +64,11 @@ def load_part(files: BaseFiles, part: str, kind: Any, dtype: torch.dtype, config
     Raises BaseModelError where the part is missing, damaged, or lacks weights: the libraries would only log a line and
     go on with random ones.
     """
-    if not files.weight_files(part):
+    if not has_part(files, part):
         raise missing_part(files, part)
-    dtype_name = "dtype" if kind.__module__.startswith("transformers.") else "torch_dtype"
+    if builds_skeletons():
+        return _skeleton(files, part, kind, dtype, config)
+    dtype_name = "dtype" if _of_transformers(kind) else "torch_dtype"
     try:
         module, report = kind.from_pretrained(
             files.path / part,
@@ -55,11 +82,64 @@ def load_part(files: BaseFiles, part: str, kind: Any, dtype: torch.dtype, config
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         if is_out_of_memory(error):
             raise
-        raise BaseModelError(
-            f"Cannot load the {part} of {files.origin}.", why=first_line(error), fix="Download the base model again."
-        ) from error
+        raise _unloadable(files, part, error) from error
     require_complete(files, part, report)
     return freeze(module)
+
+
+def has_part(files: BaseFiles, part: str) -> bool:
+    """Tell whether a diffusers folder has weights for a part; for a skeleton a configuration is enough."""
+    return bool(files.weight_files(part) or (builds_skeletons() and files.config(part)))
+
+
+def read_config(files: BaseFiles, part: str, kind: Any) -> Any:
+    """Return the configuration of a part of a diffusers folder as transformers' class `kind`."""
+    if builds_skeletons():
+        return kind.from_dict(files.config(part))
+    return kind.from_pretrained(files.path / part, local_files_only=True)
+
+
+def without_weights(module: torch.nn.Module, dtype: torch.dtype) -> Any:
+    """Return a module that was built without weights as loading would leave it: on the meta device, as `dtype`.
+
+    Frozen and in eval mode. The libraries keep what they name `_keep_in_fp32_modules` in 32 bits: diffusers always,
+    transformers beside fp16 alone.
+    """
+    import torch
+
+    kept = list(getattr(module, "_keep_in_fp32_modules", None) or ())
+    if _of_transformers(type(module)) and dtype != torch.float16:
+        kept = []
+    for name, tensor in module.to("meta").state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and not any(part in kept for part in name.split(".")):
+            tensor.data = tensor.data.to(dtype)
+    if _of_transformers(type(module)):
+        module.tie_weights()  # type: ignore[operator]  # or an embedding under two names would be two
+    return freeze(module)
+
+
+def _skeleton(files: BaseFiles, part: str, kind: Any, dtype: torch.dtype, config: Any) -> Any:
+    from accelerate import init_empty_weights
+
+    try:
+        with init_empty_weights():
+            if _of_transformers(kind):
+                module = kind(config or read_config(files, part, kind.config_class))
+            else:
+                module = kind.from_config(config or files.config(part))
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise _unloadable(files, part, error) from error
+    return without_weights(module, dtype)
+
+
+def _of_transformers(kind: type) -> bool:
+    return kind.__module__.startswith("transformers.")
+
+
+def _unloadable(files: BaseFiles, part: str, error: BaseException) -> BaseModelError:
+    return BaseModelError(
+        f"Cannot load the {part} of {files.origin}.", why=first_line(error), fix="Download the base model again."
+    )
 
 
 def require_complete(files: BaseFiles, part: str, report: Mapping[str, Any]) -> None:

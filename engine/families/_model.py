@@ -62,7 +62,7 @@ class LoadedModel:
         apart = placement.apart
         self._apart, self._draws_on_cpu, self._encodes_images = apart, False, True
         self.noise_schedule: Mapping[str, Any] = self.load_noise_schedule()
-        self.tokenizers = self.load_tokenizers()
+        self.tokenizers = [] if loading.builds_skeletons() else self.load_tokenizers()
         self.denoiser: torch.nn.Module = self.load_denoiser().to(device)
         self.text_encoders: dict[Component, torch.nn.Module] = {}
         self._vae: Any = None

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from lorasmith.engine.errors import BaseModelError
 from lorasmith.engine.families import Prediction
 from lorasmith.engine.families._encoder_clip import load_tokenizer
-from lorasmith.engine.families._loading import missing_part
-from lorasmith.engine.families._weights import fill_module
+from lorasmith.engine.families._loading import builds_skeletons, missing_part
+from lorasmith.engine.families._weights import FoundWeights, fill_module, read_weights
 from lorasmith.engine.safetensors_header import TensorInfo, read_values
 from lorasmith.engine.sources import BaseFiles
 
@@ -205,5 +205,10 @@ def load_clip_tokenizer(version: str) -> Any:
 def _read(files: BaseFiles, prefix: str) -> dict[str, torch.Tensor]:
     from safetensors import safe_open
 
+    if builds_skeletons():
+        import torch
+
+        inside = {name: info for name, info in files.tensors("").items() if name.startswith(prefix)}
+        return read_weights(FoundWeights(files.path, "", inside), torch.float32)
     with safe_open(files.path, framework="pt") as source:
         return {name: source.get_tensor(name) for name in source.keys() if name.startswith(prefix)}  # noqa: SIM118

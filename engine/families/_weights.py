@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine.errors import BaseModelError
-from lorasmith.engine.families._loading import first_line, freeze
+from lorasmith.engine.families._loading import builds_skeletons, first_line, freeze, without_weights
 from lorasmith.engine.out_of_memory import is_out_of_memory
 from lorasmith.engine.safetensors_header import TensorInfo, read_header
 
@@ -61,9 +61,14 @@ def part_paths(files: BaseFiles) -> list[Path]:
 
 
 def read_weights(found: FoundWeights, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Read a part's tensors in main memory as `dtype`, names without the prefix; fp8 weights are scaled back."""
+    """Read a part's tensors in main memory as `dtype`, names without the prefix; fp8 weights are scaled back.
+
+    For a skeleton they are tensors of the same shapes on the meta device, and nothing but the header is read.
+    """
     from safetensors import safe_open
 
+    if builds_skeletons():
+        return _shapes_alone(found, dtype)
     weights: dict[str, torch.Tensor] = {}
     with safe_open(found.path, framework="pt") as source:
         for name in found.tensors:
@@ -77,6 +82,16 @@ def read_weights(found: FoundWeights, dtype: torch.dtype) -> dict[str, torch.Ten
                     value = (value.float() * source.get_tensor(found.prefix + scale).float()).to(dtype)
             weights[name] = value
     return weights
+
+
+def _shapes_alone(found: FoundWeights, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    import torch
+
+    return {
+        name: torch.empty(info.shape, dtype=dtype if info.dtype in PRECISIONS else torch.int64, device="meta")
+        for name, info in found.tensors.items()
+        if not name.endswith((*_SCALES, *_UNREAD))
+    }
 
 
 def stored_precision(tensors: Mapping[str, TensorInfo]) -> str:
@@ -102,7 +117,8 @@ def fill_module(
 ) -> Any:
     """Build `kind(**config)` without spending time on random weights, and put `weights` in; every one must fit.
 
-    Frozen and in eval mode. Raises BaseModelError naming the part where a weight is missing, left over or of another
+    Frozen and in eval mode; a skeleton takes the tensors of `read_weights` too, so that their shapes must fit. Raises
+    BaseModelError naming the part where a weight is missing, left over or of another
     shape.
     """
     from accelerate import init_empty_weights
@@ -120,7 +136,7 @@ def fill_module(
             why=detail,
             fix="Download it again, or choose another base model.",
         ) from error
-    return freeze(module.to(dtype))
+    return without_weights(module.to(dtype), dtype) if builds_skeletons() else freeze(module.to(dtype))
 
 
 def _scale_name(found: FoundWeights, name: str) -> str:
