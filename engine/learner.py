@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lorasmith.engine.adapters import Adapter
+from lorasmith.engine.block_checkpointing import checkpoint_blocks
 from lorasmith.engine.compute import build_scaler
 from lorasmith.engine.config import RunConfig
 from lorasmith.engine.dataset.loader import Batch, Loader
@@ -290,8 +291,7 @@ def _build_average(
 
 def enable_checkpointing(family: Family, config: RunConfig) -> None:
     """Keep only some activations of the trained networks, and compute the others again in the backward pass."""
-    denoiser: Any = family.denoiser
-    denoiser.enable_gradient_checkpointing()
+    checkpoint_blocks(family, config.memory.checkpoint_share, config.memory.offload_activations)
     if config.adapter.text_encoder:
         for encoder in family.text_encoders.values():
             encoder_any: Any = encoder

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lorasmith.engine.block_checkpointing import is_checkpointed
+
 GPU = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB of which 1.12 GiB is free."
 )
@@ -58,7 +60,7 @@ class Shortage:
         def too_large(unet: Any, noisy: torch.Tensor, *_: Any, **__: Any) -> bool:
             if not torch.is_grad_enabled():
                 return False
-            return len(noisy) > most or (checkpointed and not unet.is_gradient_checkpointing)
+            return len(noisy) > most or (checkpointed and not any(is_checkpointed(block) for block in unet.modules()))
 
         if not backward:
             return self.refuse(UNet2DConditionModel, "forward", too_large)
