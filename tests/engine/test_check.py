@@ -76,7 +76,7 @@ contexts = st.builds(
     caption_style=st.sampled_from(["", "tags", "prose"]),
     token_limit=st.sampled_from([0, 10]),
     tokenizers=st.sampled_from([[], [LetterTokenizer("cat")]]),
-    goal=st.sampled_from(["", "character", "style", "object", "nonsense"]),
+    goal=st.sampled_from(["", "character", "style", "product", "concept", "nonsense"]),
     other_triggers=st.sampled_from([{}, {"zqx": "a"}, {"zqxy": "b"}]),
 )
 
@@ -121,7 +121,7 @@ def test_errors_come_first_then_warnings_then_notes() -> None:
     assert set(severities) == set(SEVERITIES)
 
 
-@pytest.mark.parametrize("goal", ["", "character", "style", "object"])
+@pytest.mark.parametrize("goal", ["", "character", "style", "product"])
 def test_the_demo_has_nothing_found_against_it(goal: str) -> None:
     values = resolve_config([Layer("demo", demo.settings())]).config
     scanned = scan_dataset(values.dataset)

@@ -202,7 +202,7 @@ def test_alike_pictures_are_called_uniform() -> None:
     assert "uniform" not in codes(pictures(20))
 
 
-@pytest.mark.parametrize(("goal", "few", "enough"), [("character", 9, 10), ("style", 14, 15), ("object", 9, 10)])
+@pytest.mark.parametrize(("goal", "few", "enough"), [("character", 9, 10), ("style", 14, 15), ("product", 9, 10)])
 def test_the_number_that_is_enough_depends_on_the_goal(goal: str, few: int, enough: int) -> None:
     assert finding("few-pictures", pictures(few), {"goal": goal}).severity == "note"
     assert "few-pictures" not in codes(pictures(enough), {"goal": goal})
