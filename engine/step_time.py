@@ -156,11 +156,10 @@ def _step(subject: Subject, card: CardSpeed, habits: _Habits) -> float:
     launch = _kernels(config, model, card, share) * habits.launch_us * 1e-6
     pcie = card.pcie_gb * habits.copy * 1e9
     # Twice: for the way there and for the way back, which computes a checkpointed block again at once.
-    copied = 2 * swapped_bytes(config, model, swapped) / pcie
-    micro = max(gpu, launch, copied)
-    if config.memory.offload_activations and share > 0:
-        kept = model.inputs.mib(config.train.batch_size, subject.megapixels) * MIB * share
-        micro += 2 * kept / pcie
+    copied = 2 * swapped_bytes(config, model, swapped)
+    if config.memory.offload_activations:
+        copied += model.inputs.mib(config.train.batch_size, subject.megapixels) * MIB * share
+    micro = max(gpu, launch, copied / pcie)
     if config.objective.preserve != "off":
         micro *= _PRESERVING
     return micro * config.train.gradient_accumulation + _optimizer(subject, card, pcie)

@@ -1,0 +1,232 @@
+"""What can be done so that a run fits: the levers, which values each may take, and a configuration with them set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from lorasmith.engine.step_time import CardSpeed
+
+if TYPE_CHECKING:
+    from lorasmith.engine.config import RunConfig
+    from lorasmith.engine.memory.forecast import Subject
+
+EIGHTHS = tuple(eighth / 8 for eighth in range(9))
+_SWAP_LEVELS = 12
+_IN_8_BITS: Mapping[str, str] = {
+    "adamw": "adamw8bit",
+    "paged_adamw": "paged_adamw8bit",
+    "lion": "lion8bit",
+    "ademamix": "ademamix8bit",
+}
+_MULTIPLIES_INT8 = (7, 5)
+_MULTIPLIES_FP8 = (8, 9)
+_COMPUTES_BF16 = (8, 0)
+FIELDS: Mapping[str, str] = {
+    "quantize": "memory.quantize",
+    "quantize_text": "memory.quantize_text_encoders",
+    "matmul": "memory.quantized_matmul",
+    "swapped": "memory.swapped_blocks",
+    "offload": "memory.offload_activations",
+    "lora": "memory.lora_precision",
+    "apart": "memory.apart",
+    "tiles": "memory.tile_pictures",
+    "optimizer": "optimizer.name",
+    "batch": "train.batch_size",
+    "accumulation": "train.gradient_accumulation",
+    "resolution": "dataset.resolution",
+}
+"""The setting of each lever but `checkpointed`, which is two: `train.gradient_checkpointing` and its share."""
+
+
+@dataclass(frozen=True)
+class Levers:
+    """One value of each lever; `checkpointed` is the share of the blocks, 0: gradient checkpointing is off."""
+
+    checkpointed: float
+    quantize: str
+    quantize_text: str
+    matmul: bool
+    swapped: int
+    offload: bool
+    lora: str
+    apart: bool
+    tiles: bool
+    optimizer: str
+    batch: int
+    accumulation: int
+    resolution: int
+
+    def key_values(self) -> dict[str, Any]:
+        """Return the levers as settings by dotted key."""
+        values = {key: getattr(self, name) for name, key in FIELDS.items()}
+        values["train.gradient_checkpointing"] = self.checkpointed > 0
+        # The share means nothing without checkpointing: its default says so best.
+        values["memory.checkpoint_share"] = self.checkpointed or 1.0
+        return values
+
+    def changes(self, other: Levers) -> int:
+        """Count the levers whose values differ."""
+        return sum(getattr(self, item.name) != getattr(other, item.name) for item in fields(self))
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The values that each lever may take for a run: those that the user fixed have one.
+
+    `checkpointed` and `swapped` rise; `quantize`, `lora` and `optimizer` begin with the best quality; `batches` are
+    (pictures at once, batches added up) with the same effect, the largest first; `resolutions` fall.
+    """
+
+    start: Levers
+    checkpointed: tuple[float, ...]
+    swapped: tuple[int, ...]
+    quantize: tuple[tuple[str, bool], ...]
+    lora: tuple[str, ...]
+    optimizer: tuple[str, ...]
+    batches: tuple[tuple[int, int], ...]
+    offload: tuple[bool, ...]
+    apart: tuple[bool, ...]
+    tiles: tuple[bool, ...]
+    quantize_text: tuple[str, ...]
+    resolutions: tuple[int, ...]
+
+
+def levers_of(config: RunConfig) -> Levers:
+    """Return the levers as a configuration has them."""
+    memory, train = config.memory, config.train
+    return Levers(
+        checkpointed=memory.checkpoint_share if train.gradient_checkpointing else 0.0,
+        quantize=memory.quantize,
+        quantize_text=memory.quantize_text_encoders,
+        matmul=memory.quantized_matmul,
+        swapped=memory.swapped_blocks,
+        offload=memory.offload_activations,
+        lora=memory.lora_precision,
+        apart=memory.apart,
+        tiles=memory.tile_pictures,
+        optimizer=config.optimizer.name,
+        batch=train.batch_size,
+        accumulation=train.gradient_accumulation,
+        resolution=config.dataset.resolution,
+    )
+
+
+def with_levers(subject: Subject, levers: Levers) -> Subject:
+    """Return the subject with the levers set; the largest bucket shrinks with the resolution."""
+    config = subject.config
+    by_section: dict[str, dict[str, Any]] = {}
+    for key, value in levers.key_values().items():
+        section, _, name = key.partition(".")
+        by_section.setdefault(section, {})[name] = value
+    update = {name: getattr(config, name).model_copy(update=values) for name, values in by_section.items()}
+    scale = (levers.resolution / config.dataset.resolution) ** 2
+    return replace(subject, config=config.model_copy(update=update), megapixels=subject.megapixels * scale)
+
+
+def choices(
+    subject: Subject, card: CardSpeed | None, fixed: frozenset[str], unusable: frozenset[tuple[str, Any]]
+) -> Choices:
+    """Return what may be done: nothing to `fixed` keys, and nothing with what is `unusable` on this machine."""
+    start = levers_of(subject.config)
+    open_ = _Open(fixed, unusable)
+    return Choices(
+        start=start,
+        checkpointed=_checkpointed(start, open_),
+        swapped=open_.of("swapped", start.swapped, _swap_levels(subject.model.num_blocks)),
+        quantize=_quantizations(start, open_, card),
+        lora=open_.of("lora", start.lora, ("fp32", "base") if _in_bf16(subject.config, card) else ("fp32",)),
+        optimizer=_optimizers(start, open_),
+        batches=_batches(start, open_),
+        offload=open_.of("offload", start.offload, (False, True)),
+        apart=open_.of("apart", start.apart, (False, True)),
+        tiles=open_.of("tiles", start.tiles, (False, True)),
+        quantize_text=_text_quantizations(subject.config, start, open_),
+        resolutions=() if FIELDS["resolution"] in fixed else _lower_resolutions(subject, start),
+    )
+
+
+@dataclass(frozen=True)
+class _Open:
+    fixed: frozenset[str]
+    unusable: frozenset[tuple[str, Any]]
+
+    def of(self, lever: str, now: Any, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return those `values` of a lever that may be chosen: only what it is now, where the user fixed it."""
+        key = FIELDS[lever]
+        if key in self.fixed:
+            return (now,)
+        # A switch or number that is unusable in one "on" position is unusable altogether.
+        broken = {value for name, value in self.unusable if name == key}
+        kept = tuple(v for v in values if v not in broken and not (v and not isinstance(v, str) and any(broken)))
+        return kept or (now,)
+
+
+def _checkpointed(start: Levers, open_: _Open) -> tuple[float, ...]:
+    share_fixed = "memory.checkpoint_share" in open_.fixed
+    if "train.gradient_checkpointing" in open_.fixed:
+        if start.checkpointed == 0:
+            return (0.0,)
+        return (start.checkpointed,) if share_fixed else EIGHTHS[1:]
+    return (0.0, start.checkpointed or 1.0) if share_fixed else EIGHTHS
+
+
+def _swap_levels(blocks: int) -> tuple[int, ...]:
+    # Not the last ones: with few blocks on the card there is nothing to compute while others come.
+    most = max(0, blocks - 2)
+    return tuple(sorted({round(most * level / _SWAP_LEVELS) for level in range(_SWAP_LEVELS + 1)}))
+
+
+def _quantizations(start: Levers, open_: _Open, card: CardSpeed | None) -> tuple[tuple[str, bool], ...]:
+    formats = open_.of("quantize", start.quantize, ("none", "int8", "fp8", "nf4"))
+    if "int8" in formats and FIELDS["quantize"] not in open_.fixed:
+        # As large as fp8 and more exact; fp8 is for machines where int8 does not work.
+        formats = tuple(name for name in formats if name != "fp8")
+    found = []
+    for name in formats:
+        wanted = open_.of("matmul", start.matmul, (False, True))
+        needs = {"int8": _MULTIPLIES_INT8, "fp8": _MULTIPLIES_FP8}.get(name)
+        able = needs is not None and card is not None and card.capability >= needs
+        fixed = FIELDS["matmul"] in open_.fixed
+        found += [(name, matmul) for matmul in wanted if fixed or not matmul or able]
+    return tuple(found)
+
+
+def _text_quantizations(config: RunConfig, start: Levers, open_: _Open) -> tuple[str, ...]:
+    if config.adapter.text_encoder:
+        return (start.quantize_text,)
+    formats = open_.of("quantize_text", start.quantize_text, ("none", "int8", "fp8", "nf4"))
+    if "int8" in formats and FIELDS["quantize_text"] not in open_.fixed:
+        formats = tuple(name for name in formats if name != "fp8")
+    return formats
+
+
+def _in_bf16(config: RunConfig, card: CardSpeed | None) -> bool:
+    """Tell whether the base computes in bf16: a LoRA's own gradients are too small for fp16."""
+    if config.train.precision == "auto":
+        return card is not None and card.capability >= _COMPUTES_BF16
+    return config.train.precision == "bf16"
+
+
+def _optimizers(start: Levers, open_: _Open) -> tuple[str, ...]:
+    smaller = _IN_8_BITS.get(start.optimizer)
+    return open_.of("optimizer", start.optimizer, (start.optimizer, smaller) if smaller else (start.optimizer,))
+
+
+def _batches(start: Levers, open_: _Open) -> tuple[tuple[int, int], ...]:
+    now = (start.batch, start.accumulation)
+    if open_.fixed & {FIELDS["batch"], FIELDS["accumulation"]}:
+        return (now,)
+    parts = [part for part in range(start.batch, 0, -1) if start.batch % part == 0]
+    return tuple((part, start.batch // part * start.accumulation) for part in parts)
+
+
+def _lower_resolutions(subject: Subject, start: Levers) -> tuple[int, ...]:
+    floor = lowest_resolution(subject)
+    return tuple(side for side in range(start.resolution // 128 * 128, floor - 1, -128) if side < start.resolution)
+
+
+def lowest_resolution(subject: Subject) -> int:
+    """Return the side in pixels below which a family's pictures fall apart: three quarters of what it was made for."""
+    return subject.spec.default_resolution * 3 // 4
