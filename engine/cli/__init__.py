@@ -21,10 +21,10 @@ from lorasmith.engine.cli.caption_edit import restore as _restore
 from lorasmith.engine.cli.caption_edit import tags as _tags
 from lorasmith.engine.cli.caption_edit import write as _write
 from lorasmith.engine.cli.check import check as _check
+from lorasmith.engine.cli.doctor import doctor as _doctor
 from lorasmith.engine.cli.export import export as _export
 from lorasmith.engine.cli.inspect import inspect as _inspect
 from lorasmith.engine.cli.output import fail, make_streams_safe, write_crash_log
-from lorasmith.engine.cli.plan import doctor as _doctor
 from lorasmith.engine.cli.plan import plan as _plan
 from lorasmith.engine.cli.queue import queue_app
 from lorasmith.engine.cli.runs import runs_app

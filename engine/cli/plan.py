@@ -1,4 +1,4 @@
-"""`lorasmith plan` and `lorasmith doctor`: what will happen, and whether this machine can do it."""
+"""`lorasmith plan`: what a run will do and need, before it starts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pydantic.fields import FieldInfo
 
 from lorasmith.engine.cli.output import columns, say, say_json
 from lorasmith.engine.cli.train import Sets
-from lorasmith.engine.errors import HardwareError
 from lorasmith.engine.run_file import load_run_file, parse_assignments, resolve_config, setting_fields
 
 if TYPE_CHECKING:
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from lorasmith.engine.sources import BaseFiles
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-_MARKS = {"pass": "ok", "warn": "warning", "fail": "FAILED", "skip": "-"}
 
 
 def plan(
@@ -117,25 +115,3 @@ def _as_toml(value: Any) -> str:
     import tomlkit
 
     return str(tomlkit.item(value).as_string())
-
-
-def doctor(
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Where runs will be made.")] = Path("runs"),
-    hub: Annotated[bool, typer.Option("--hub", help="Also ask whether the Hub answers.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Try everything that a training needs on this machine, and say how to mend what fails."""
-    from lorasmith.engine.doctor import Check, run_checks
-
-    def show(check: Check) -> None:
-        if not as_json:
-            say(f"{_MARKS[check.status]:8} {check.name:14} {check.detail}")
-            if check.fix:
-                say(f"{'':23} fix: {check.fix}")
-
-    checks = run_checks(output, ask_hub=hub, on_check=show)
-    if as_json:
-        say_json(checks)
-    failed = [check.name for check in checks if check.status == "fail"]
-    if failed:
-        raise typer.Exit(HardwareError.exit_code)

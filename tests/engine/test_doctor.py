@@ -1,51 +1,42 @@
-"""What the doctor promises: real trials, one line of fix for each failure, and no crash whatever is broken."""
+"""What the doctor promises: every check made in order, no crash or hang whatever is broken, and nothing taken away
+but what is broken."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
-import locale
+import json
 import logging
 import os
-import re
-import shutil
 import subprocess
 import sys
+import time
 import tomllib
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lorasmith.engine import doctor
-from lorasmith.engine.doctor import Check, run_checks
-from lorasmith.engine.hardware import HardwareSnapshot, Memory, TorchBuild
-from lorasmith.engine.nvml import Gpu
+from lorasmith.engine.doctor import Check, checks_behind, remembered, run_checks, trials, unusable_choices
+from lorasmith.engine.doctor.choices import DISABLED_BY, DISABLED_TOGETHER_BY
+from lorasmith.engine.doctor.installation import MINIMUM_PYTHON
+from lorasmith.engine.doctor.torch_builds import TORCH_PIN
+from lorasmith.engine.run_file import check_setting, setting_fields
 
 ROOT = Path(__file__).parents[2]
-NAMES = [
-    "python",
-    "packages",
-    "torch",
-    "gpu",
-    "cuda",
-    "bf16",
-    "bitsandbytes",
-    "memory",
-    "output folder",
-    "cache folder",
-    "locale",
-    "terminal",
-    "hub",
-]
-CARD = Gpu("GPU-1", 0, "NVIDIA H200", 140.0, 130.0, (9, 0), "580.95", 0.0, 30.0, 80.0, ())
-WITH_GPU = HardwareSnapshot((CARD,), "", (13, 0), Memory(64.0, 60.0), (), "CPU", 8)
-WITHOUT_GPU = replace(WITH_GPU, gpus=(), note="No NVIDIA driver was found.", cuda_driver=None)
+WITHOUT_HUB = [name for names in doctor.GROUPS.values() for name in names if name not in ("hub token", "gated models")]
+FAKES: Mapping[str, str] = {
+    "works": """
+from types import SimpleNamespace
+__version__, version = "2.13.0+cpu", SimpleNamespace(cuda=None)
+cuda = SimpleNamespace(is_available=lambda: False)
+""",
+    "raises": "raise ImportError('libcudart.so.13: cannot open')",
+    "crashes": "import os, signal; os.kill(os.getpid(), signal.SIGILL)",
+    "hangs": "import time; time.sleep(600)",
+    "exits": "raise SystemExit(3)",
+    "prints": "print('{\"name\": \"torch\"}'); raise RuntimeError('CUDA Setup failed\\nmore')",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -57,229 +48,250 @@ def _process_settings_restored() -> Iterator[None]:
         del os.environ[name]
 
 
-def break_import(monkeypatch: pytest.MonkeyPatch, package: str, error: BaseException) -> None:
-    real = importlib.import_module
-
-    def broken(name: str, package_of: str | None = None) -> ModuleType:
-        if name == package:
-            raise error
-        return real(name, package_of)
-
-    monkeypatch.setattr(importlib, "import_module", broken)
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORASMITH_CACHE", str(tmp_path / "cache"))
 
 
-def fake_torch(monkeypatch: pytest.MonkeyPatch, **cuda: Any) -> None:
-    torch = SimpleNamespace(cuda=SimpleNamespace(**cuda), full=lambda shape, value, device: _Matrix(value))
-    monkeypatch.setattr(importlib, "import_module", lambda name: torch)
-    monkeypatch.setattr(doctor, "torch_build", lambda: TorchBuild("2.13.0", "12.8"))
+@pytest.fixture
+def fake_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Put a package in front of the real one for child processes."""
+
+    def make(name: str, way: str) -> None:
+        folder = tmp_path / "fakes" / name
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text(FAKES[way])
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fakes"))
+
+    return make
 
 
-class _Matrix:
-    def __init__(self, value: float) -> None:
-        self.value = value
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let the trials' child say these lines instead of trying anything."""
 
-    def __matmul__(self, other: _Matrix) -> _Matrix:
-        return _Matrix(64 * self.value * other.value)
+    def make(*checks: Check) -> None:
+        def run_trials(names: Sequence[str], *_: Any, **__: Any) -> Iterator[Check]:
+            known = {check.name: check for check in checks}
+            yield from (known.get(name, Check(name, "pass", "fine")) for name in names)
 
-    def __getitem__(self, place: object) -> _Matrix:
-        return self
+        monkeypatch.setattr(trials, "run_trials", run_trials)
 
-    def item(self) -> float:
-        return self.value
+    return make
 
 
-def test_every_check_is_made_in_order_and_told_as_it_comes(tmp_path: Path) -> None:
-    told: list[Check] = []
-    checks = run_checks(tmp_path / "runs", on_check=told.append)
-    assert [check.name for check in checks] == NAMES
-    assert told == checks
+# The whole
+
+
+def test_every_check_is_made_in_order_and_told_as_it_comes_without_torch_in_this_process(tmp_path: Path) -> None:
+    code = """
+import json, sys
+from pathlib import Path
+from lorasmith.engine import doctor
+told, begun = [], []
+checks = doctor.run_checks(Path(sys.argv[1]), on_check=told.append, on_start=begun.append)
+assert told == checks
+known = doctor.remembered_checks()
+print(json.dumps({
+    "checks": [check.to_json() for check in checks],
+    "begun": begun,
+    "known": [check.name for check in known if check in checks],
+    "torch": "torch" in sys.modules or "bitsandbytes" in sys.modules,
+}))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "runs")]
+    said = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert not said["torch"]
     assert not (tmp_path / "runs").exists(), "a check leaves nothing behind"
-    by_name = {check.name: check for check in checks}
-    for name in ("python", "packages", "torch", "bf16", "bitsandbytes", "output folder", "cache folder"):
-        assert by_name[name].status == "pass", by_name[name]
-    assert by_name["hub"].status == "skip"
-    for check in checks:
-        assert check.detail
-        assert "\n" not in check.fix
-        assert check.fix or check.status in ("pass", "skip")
+    assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
+    by_name = {check["name"]: check for check in said["checks"]}
+    assert list(by_name) == said["begun"] == WITHOUT_HUB
+    assert said["known"] == list(trials.TRIALS)
+    tried = ("torch", "bf16", "fp16", "attention", "bitsandbytes", "nf4", "int8", "fp8", "int8 product", "fp8 product")
+    for name in ("python", "packages", *tried):
+        assert by_name[name]["status"] == "pass", by_name[name]
+    for name in ("output folder", "cache folder"):
+        assert by_name[name]["status"] in ("pass", "warn"), by_name[name]
+        assert "MiB/s" in by_name[name]["detail"]
+    assert by_name["hub"]["status"] == "skip"
+    for check in by_name.values():
+        assert check["detail"]
+        assert not check["blocking"]
+        assert "\n" not in check["fix"] + check["detail"] + check["meaning"]
+        assert (check["fix"] and check["meaning"]) or check["status"] in ("pass", "skip"), check
 
 
-@pytest.mark.parametrize("package", ["torch", "bitsandbytes"])
-@pytest.mark.parametrize(
-    "error", [ImportError("libcudart.so.13: cannot open"), RuntimeError("CUDA Setup failed\nmore"), SystemExit(2)]
-)
-def test_a_broken_library_is_a_failed_check_with_a_fix_and_the_others_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, error: BaseException
+def test_a_check_without_torch_that_hangs_or_raises_is_a_failed_check_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Callable[..., None]
 ) -> None:
-    break_import(monkeypatch, package, error)
+    told()
+    monkeypatch.setattr(doctor.machine, "check_clock", lambda: time.sleep(5))
+    monkeypatch.setattr(doctor.disks, "check_disk", lambda *_: time.sleep(5))
+    monkeypatch.setattr(doctor.terminals, "check_locale", lambda: 1 / 0)
+    monkeypatch.setattr(doctor, "LOCAL_SECONDS", 0.2)
+    monkeypatch.setattr(doctor, "DISK_SECONDS", 0.2)
     by_name = {check.name: check for check in run_checks(tmp_path)}
-    assert list(by_name) == NAMES
-    broken = by_name[package]
-    assert (broken.status, type(error).__name__ in broken.detail) == ("fail", True)
-    assert "\n" not in broken.detail
-    assert f"'{package}" in broken.fix
-    assert by_name["bitsandbytes"].status == "fail"
-    assert (by_name["bf16"].status == "fail") == (package == "torch")
-    assert by_name["output folder"].status == "pass"
+    assert list(by_name) == WITHOUT_HUB
+    assert (by_name["clock"].status, by_name["clock"].detail) == ("fail", "did not answer in 0.2 s")
+    assert by_name["locale"].detail == "ZeroDivisionError: division by zero"
+    blocking = [name for name, check in by_name.items() if check.blocking]
+    assert blocking == ["output folder", "cache folder"], "a clock that hangs stops no training"
+    assert all(by_name[name].fix for name in ("clock", "locale", "output folder"))
 
 
-def test_without_bitsandbytes_the_fix_offers_the_optimizer_that_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    break_import(monkeypatch, "bitsandbytes", ImportError("x"))
-    assert "Set optimizer.name to adamw" in run_checks()[NAMES.index("bitsandbytes")].fix
+# The child process
 
 
-def test_an_8_bit_step_that_moves_weights_wrongly_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    import bitsandbytes
+@pytest.mark.parametrize(
+    ("way", "words"),
+    [
+        ("raises", "ImportError: libcudart.so.13: cannot open"),
+        ("crashes", "crashed (SIGILL)"),
+        ("hangs", "did not answer in 0.8 s"),
+        ("exits", "SystemExit: 3"),
+        ("prints", "RuntimeError: CUDA Setup failed"),
+    ],
+)
+def test_a_torch_that_breaks_in_whatever_way_blocks_and_skips_what_needs_it(
+    way: str, words: str, fake_package: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_package("torch", way)
+    # The interpreter itself takes half a second on a loaded machine.
+    monkeypatch.setitem(trials.SECONDS, "torch", 0.8 if way == "hangs" else 60.0)
+    torch, *others = trials.run_trials(["torch", "bf16", "nf4"])
+    assert (torch.status, torch.blocking) == ("fail", True)
+    assert words in torch.detail
+    assert torch.fix.endswith(f"'torch=={TORCH_PIN}'")
+    assert torch.meaning == "Nothing can be trained."
+    assert [(check.name, check.status, check.disables) for check in others] == [
+        ("bf16", "skip", ()),
+        ("nf4", "skip", ()),
+    ]
 
-    monkeypatch.setattr(
-        bitsandbytes.optim.AdamW8bit,
-        "step",
-        lambda self: self.state.__setitem__(self.param_groups[0]["params"][0], {"state1": SimpleNamespace(dtype=None)}),
-    )
-    check = doctor.check_bitsandbytes()
-    assert (check.status, "moved the weights by 0.0000" in check.detail) == ("fail", True)
+
+def test_a_crash_in_bitsandbytes_takes_only_its_choices_and_the_next_trials_are_made(
+    fake_package: Callable[[str, str], None],
+) -> None:
+    fake_package("torch", "works")
+    fake_package("bitsandbytes", "crashes")
+    broken, nf4, torch = trials.run_trials(["bitsandbytes", "nf4", "torch"])
+    assert (broken.status, broken.blocking, nf4.status) == ("fail", False, "fail")
+    assert "crashed (SIGILL)" in broken.detail
+    assert "-m pip install --force-reinstall --no-deps 'bitsandbytes" in broken.fix
+    assert "adamw and the others work" in broken.meaning
+    assert torch.status == "pass", "a new process went on"
+    lost = unusable_choices([broken, nf4, torch])
+    assert ("optimizer.name", "adamw8bit") in lost
+    assert ("memory.quantize", "nf4") in lost
+    assert {key for key, _ in lost} == {"optimizer.name", "memory.quantize", "memory.quantize_text_encoders"}
+    assert "crashed (SIGILL)" in lost["optimizer.name", "lion8bit"]
+    assert "pip install" in lost["optimizer.name", "lion8bit"]
 
 
-def test_the_torch_pin_is_the_one_of_the_constraints_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert f"torch=={doctor.TORCH_PIN}" in (ROOT / "constraints.txt").read_text().split()
+def test_a_child_that_is_left_early_is_ended(
+    fake_package: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_package("torch", "works")
+    fake_package("bitsandbytes", "hangs")
+    processes: list[subprocess.Popen[str]] = []
+    real = subprocess.Popen
+
+    def remember(*arguments: Any, **settings: Any) -> subprocess.Popen[str]:
+        processes.append(real(*arguments, **settings))
+        return processes[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", remember)
+    running = trials.run_trials(["torch", "bitsandbytes"], on_start=lambda name: None)
+    assert next(running).name == "torch"
+    running.close()  # type: ignore[attr-defined]
+    (child,) = processes
+    assert child.poll() is not None
+
+
+# Choices
+
+
+def test_every_choice_that_a_check_can_take_away_is_a_setting_with_that_value() -> None:
+    fields = dict(setting_fields())
+    together = [combination for combinations in DISABLED_TOGETHER_BY.values() for combination in combinations]
+    choices = [choice for group in (*DISABLED_BY.values(), *together) for choice in group]
+    assert len(choices) > 15
+    for key, value in choices:
+        assert key in fields
+        assert check_setting(key, value) == "", (key, value)
+    assert set(DISABLED_BY) | set(DISABLED_TOGETHER_BY) <= set(trials.TRIALS)
+
+
+def test_what_cannot_be_used_together_is_told_for_the_values_that_the_others_have() -> None:
+    check = trials.explained(Check("fp8 product", "skip", "this card has none"))
+    assert unusable_choices([check]) == {}
+    reason = "fp8 product: this card has none."
+    assert unusable_choices([check], {"memory.quantize": "fp8"}) == {("memory.quantized_matmul", True): reason}
+    assert unusable_choices([check], {"memory.quantize": "int8"}) == {}
+    assert list(unusable_choices([check], {"memory.quantized_matmul": True})) == [("memory.quantize", "fp8")]
+    assert unusable_choices([check], {"memory.quantized_matmul": 1}) == {}
+
+
+def test_which_checks_a_run_hangs_on() -> None:
+    assert checks_behind({"optimizer.name": "adamw", "memory.quantize": "none"}) == []
+    assert checks_behind({"optimizer.name": "adamw8bit", "memory.quantize": "nf4"}) == ["bitsandbytes", "nf4"]
+    values = {"memory.quantize": "int8", "memory.quantized_matmul": True, "train.precision": "bf16"}
+    assert checks_behind(values) == ["bf16", "int8", "int8 product"]
+
+
+# Memory
+
+
+BROKEN = trials.explained(Check("bitsandbytes", "fail", "does not load"))
+
+
+def test_what_was_found_is_known_at_the_next_start_and_forgotten_with_another_driver_or_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Callable[..., None]
+) -> None:
+    assert doctor.remembered_checks() == []
+    told(BROKEN, trials.explained(Check("fp8 product", "skip", "this card has none")))
+    run_checks(tmp_path)
+    known = unusable_choices(doctor.remembered_checks(), {"memory.quantize": "fp8"})
+    assert ("optimizer.name", "adamw8bit") in known
+    assert ("memory.quantized_matmul", True) in known
+    monkeypatch.setattr(remembered, "_version", lambda name: "another")
+    assert doctor.remembered_checks() == []
+
+
+def test_a_retry_replaces_what_was_known_of_that_check_alone(told: Callable[..., None]) -> None:
+    doctor.remember([BROKEN, trials.explained(Check("fp8", "fail", "wrong"))])
+    told()
+    assert [check.status for check in doctor.retry(["bitsandbytes"])] == ["pass"]
+    assert {check.name: check.status for check in doctor.remembered_checks()} == {"bitsandbytes": "pass", "fp8": "fail"}
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{", '{"format": 1, "of": {}}', "\x00" * 40])
+def test_a_damaged_memory_is_none(damage: str) -> None:
+    doctor.remember([BROKEN])
+    assert doctor.remembered_checks() == [BROKEN]
+    remembered.memory_file().write_text(damage)
+    assert doctor.remembered_checks() == []
+
+
+def test_a_memory_with_other_fields_is_none() -> None:
+    doctor.remember([BROKEN])
+    stored = json.loads(remembered.memory_file().read_text())
+    del stored["checks"][0]["disables"]
+    remembered.memory_file().write_text(json.dumps(stored))
+    assert doctor.remembered_checks() == []
+
+
+def test_a_disk_that_refuses_the_memory_does_not_stop_the_doctor(tmp_path: Path, told: Callable[..., None]) -> None:
+    (tmp_path / "cache").write_text("a file in the folder's place")
+    told(BROKEN)
+    assert run_checks(tmp_path)[-1].name == "hub"
+    assert doctor.remembered_checks() == []
+
+
+# Pins
+
+
+def test_the_torch_pin_is_the_one_of_the_constraints_file() -> None:
+    assert f"torch=={TORCH_PIN}" in (ROOT / "constraints.txt").read_text().split()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["requires-python"] == ">=" + ".".join(map(str, doctor.MINIMUM_PYTHON))
-    other = SimpleNamespace(__version__="2.9.1+cu128", version=SimpleNamespace(cuda="12.8"))
-    monkeypatch.setattr(importlib, "import_module", lambda name: other)
-    check = doctor.check_torch()
-    assert (check.status, check.fix.endswith(f"'torch=={doctor.TORCH_PIN}'")) == ("warn", True)
-
-
-def test_missing_and_untested_packages_are_named_with_the_command_that_installs_them(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(
-        importlib.metadata, "requires", lambda name: ["pillow>=99", "no-such-thing>=1", "numpy>=2", "x; extra == 'dev'"]
-    )
-    check = doctor.check_packages()
-    assert check.status == "fail"
-    assert re.match(r"pillow \S+ is installed, >=99 is needed; no-such-thing is missing$", check.detail)
-    assert check.fix.endswith("'pillow>=99' 'no-such-thing>=1'")
-
-
-def test_without_a_gpu_the_driver_checks_are_skipped_and_the_reason_is_told() -> None:
-    check = doctor.check_gpu(WITHOUT_GPU)
-    assert (check.status, check.detail) == ("warn", "No NVIDIA driver was found.")
-    assert doctor.check_cuda(WITHOUT_GPU).status == "skip"
-
-
-def test_gpus_are_listed_with_free_memory_and_uuid() -> None:
-    check = doctor.check_gpu(WITH_GPU)
-    assert (check.status, check.detail) == ("pass", "NVIDIA H200, 130.0 of 140.0 GiB free (GPU-1)")
-    lost = doctor.check_gpu(replace(WITH_GPU, note="GPU 1 cannot be read."))
-    assert (lost.status, "GPU 1 cannot be read." in lost.detail) == ("warn", True)
-
-
-def test_a_torch_without_cuda_beside_a_gpu_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "torch_build", lambda: TorchBuild("2.13.0+cpu", None))
-    check = doctor.check_cuda(WITH_GPU)
-    assert (check.status, check.detail) == ("fail", "There is a GPU, but torch 2.13.0+cpu cannot use it.")
-
-
-def test_a_driver_older_than_torchs_cuda_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "torch_build", lambda: TorchBuild("2.13.0", "13.0"))
-    check = doctor.check_cuda(replace(WITH_GPU, cuda_driver=(12, 4)))
-    assert (check.status, check.fix) == ("fail", "Update the NVIDIA driver.")
-    assert "driver 580.95 runs up to CUDA 12.4" in check.detail
-
-
-@pytest.mark.parametrize(
-    ("architectures", "capability", "status"),
-    [
-        (["sm_80", "sm_90"], (9, 0), "pass"),
-        (["sm_80"], (8, 9), "pass"),
-        (["sm_90a", "compute_90"], (12, 0), "pass"),
-        (["sm_80", "sm_90"], (12, 0), "fail"),
-        (["sm_90"], (8, 0), "fail"),
-    ],
-)
-def test_a_torch_without_code_for_this_gpu_fails(
-    monkeypatch: pytest.MonkeyPatch, architectures: list[str], capability: tuple[int, int], status: str
-) -> None:
-    fake_torch(
-        monkeypatch,
-        is_available=lambda: True,
-        get_device_capability=lambda: capability,
-        get_arch_list=lambda: architectures,
-    )
-    check = doctor.check_cuda(WITH_GPU)
-    assert check.status == status
-    assert status == "pass" or f"sm_{capability[0]}{capability[1]}" in check.detail
-
-
-def test_a_gpu_that_torch_does_not_see_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_torch(monkeypatch, is_available=lambda: False)
-    assert doctor.check_cuda(WITH_GPU).status == "fail"
-
-
-@pytest.mark.parametrize(("available", "status"), [(30.0, "pass"), (4.0, "warn")])
-def test_little_memory_is_a_warning(available: float, status: str) -> None:
-    machine = replace(WITHOUT_GPU, memory=Memory(64.0, available, limited=True))
-    check = doctor.check_memory(machine)
-    assert check.status == status
-    assert check.detail == f"{available:.1f} of 64.0 GiB available (limited by the container)"
-
-
-@pytest.mark.parametrize(("free_gib", "status"), [(500, "pass"), (5, "warn"), (0.5, "fail")])
-def test_little_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_gib: float, status: str) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free_gib * (1 << 30)))
-    check = doctor.check_disk("output folder", tmp_path / "new", "run.output_folder")
-    assert (check.status, str(tmp_path) in check.detail) == (status, True)
-
-
-def test_a_folder_that_cannot_be_written_to_fails_with_the_setting_to_change(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    check = doctor.check_disk("output folder", tmp_path / "file" / "runs", "run.output_folder")
-    assert (check.status, check.fix) == ("fail", "Choose another folder with run.output_folder.")
-
-
-def test_a_locale_without_utf_8_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locale, "getpreferredencoding", lambda do: "ANSI_X3.4-1968")
-    check = doctor.check_locale()
-    assert (check.status, check.fix) == ("warn", "export LANG=C.UTF-8")
-
-
-@pytest.mark.parametrize(
-    ("term", "size", "status"),
-    [
-        ("xterm-256color", (120, 40), "pass"),
-        ("dumb", (120, 40), "warn"),
-        ("", (120, 40), "warn"),
-        ("x", (79, 24), "warn"),
-    ],
-)
-def test_the_terminal_must_be_known_and_large_enough(
-    monkeypatch: pytest.MonkeyPatch, term: str, size: tuple[int, int], status: str
-) -> None:
-    monkeypatch.setenv("TERM", term)
-    monkeypatch.setenv("TMUX", "/tmp/tmux-0/default,1,0")
-    monkeypatch.setenv("COLORTERM", "truecolor")
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size(size))
-    check = doctor.check_terminal()
-    assert check.status == status
-    assert f"inside tmux, {size[0]} x {size[1]}, true color" in check.detail
-
-
-def test_the_hub_is_asked_only_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def no_network(url: str, timeout: float) -> None:
-        asked.append(url)
-        raise urllib.error.URLError("no route")
-
-    monkeypatch.setattr(urllib.request, "urlopen", no_network)
-    assert doctor.check_hub(ask=False).status == "skip"
-    assert asked == []
-    check = doctor.check_hub(ask=True)
-    assert (check.status, "no route" in check.detail, asked) == ("warn", True, [doctor.HUB_URL])
-
-
-def test_the_doctor_itself_does_not_import_torch() -> None:
-    code = "import sys, lorasmith.engine.doctor; sys.exit('torch' in sys.modules or 'bitsandbytes' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert project["requires-python"] == ">=" + ".".join(map(str, MINIMUM_PYTHON))
