@@ -15,7 +15,7 @@ PRODUCTS = ("lora", "locon", "dora", "loha", "lokr")
 ROTATIONS = ("oft", "boft")
 """Kinds that turn the weights, and so have neither rank nor alpha."""
 _PLAIN = ("lora", "locon")
-OF_WEIGHTS = ("pissa", "olora")
+OF_WEIGHTS = ("pissa", "olora", "loftq")
 """Starts that are taken from the base model's weights, and kept beside the trained ones."""
 
 
@@ -32,11 +32,6 @@ def pairs(entries: list[str]) -> list[tuple[str, str]]:
 
 
 _TABLE: tuple[tuple[Condition, str], ...] = (
-    (
-        lambda a: a.init == "loftq",
-        "adapter.init = loftq makes good what a quantized base model lost, and this one is not quantized; set it to "
-        "default or pissa",
-    ),
     (
         lambda a: a.init != "default" and a.kind not in (*_PLAIN, "dora"),
         "adapter.init must be default with adapter.kind = {kind}, which has a start of its own",

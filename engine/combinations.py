@@ -48,14 +48,7 @@ def contradictions(config: RunConfig) -> list[str]:
 
 def base_contradictions(config: RunConfig, spec: FamilySpec, identity: BaseIdentity) -> list[str]:
     """Return one sentence, with its fix, for each setting that cannot hold with this base model."""
-    problems = []
-    objective, other = config.objective, "flow" if spec.objective == "ddpm" else "ddpm"
-    for name in _ONLY[other]:
-        usual = type(objective).model_fields[name].default
-        if getattr(objective, name) != usual:
-            problems.append(
-                f"objective.{name} has no meaning for {spec.label}, {_KINDS[spec.objective]}: set it to {_word(usual)}"
-            )
+    problems = [sentence for _, _, sentence in without_meaning(config, spec)]
     if config.adapter.targets not in spec.targets:
         problems.append(
             f"adapter.targets = {config.adapter.targets}: {spec.label} has no such set of layers; "
@@ -63,7 +56,7 @@ def base_contradictions(config: RunConfig, spec: FamilySpec, identity: BaseIdent
         )
     if spec.objective == "flow" and config.base.prediction != "auto":
         problems.append(f"base.prediction must be auto: {spec.label} is a flow model and predicts neither")
-    if objective.zero_terminal_snr and config.base.prediction == "auto" and identity.prediction == "epsilon":
+    if config.objective.zero_terminal_snr and config.base.prediction == "auto" and identity.prediction == "epsilon":
         problems.append(
             "objective.zero_terminal_snr needs a base model that predicts velocity, and this one predicts noise "
             "(epsilon): set it to false; objective.noise_offset = 0.05 is for dark and bright pictures"
@@ -71,6 +64,18 @@ def base_contradictions(config: RunConfig, spec: FamilySpec, identity: BaseIdent
     if config.adapter.text_encoder and not spec.trainable_text_encoders:
         problems.append(f"adapter.text_encoder must be false: nobody trains the text encoder of {spec.label}")
     return problems
+
+
+def without_meaning(config: RunConfig, spec: FamilySpec) -> list[tuple[str, Any, str]]:
+    """Return (key, value that leaves it off, sentence) of each objective setting that is for the other kind of base."""
+    found: list[tuple[str, Any, str]] = []
+    objective, other = config.objective, "flow" if spec.objective == "ddpm" else "ddpm"
+    for name in _ONLY[other]:
+        usual = type(objective).model_fields[name].default
+        if getattr(objective, name) != usual:
+            words = f"objective.{name} has no meaning for {spec.label}, {_KINDS[spec.objective]}"
+            found.append((f"objective.{name}", usual, f"{words}: set it to {_word(usual)}"))
+    return found
 
 
 _KINDS = {"ddpm": "which removes noise in steps (DDPM)", "flow": "a flow model"}
@@ -118,6 +123,17 @@ def _long_warmup(config: RunConfig) -> str:
     if not start:
         return "schedule.warmup_steps must be smaller than train.steps"
     return f"schedule.warmup_steps ({warmup}) must be smaller than the {steps - start} steps after schedule.start_step"
+
+
+def _unpacked_loftq(config: RunConfig) -> bool:
+    return config.adapter.init == "loftq" and config.memory.quantize == "none"
+
+
+def _matmul_without_8_bits(config: RunConfig) -> str:
+    if not config.memory.quantized_matmul:
+        return ""
+    formats = (config.memory.quantize, config.memory.quantize_text_encoders)
+    return "" if set(formats) & {"fp8", "int8"} else config.memory.quantize
 
 
 def _is_file_name(name: str) -> bool:
@@ -180,6 +196,17 @@ _ROWS: tuple[Row, ...] = (
     Row(
         lambda c: c.adapter.block_size != 32 and _other_kind(c, "oft", "boft"),
         "adapter.block_size is read by oft and boft alone, not by adapter.kind = {}: set it to 32",
+    ),
+    # What the base is kept in
+    Row(
+        _unpacked_loftq,
+        "adapter.init = loftq makes good what a quantized base model lost, and this one is not quantized: set "
+        "memory.quantize, or adapter.init to default or pissa",
+    ),
+    Row(
+        _matmul_without_8_bits,
+        "memory.quantized_matmul has no effect with memory.quantize = {}: set it to false, or memory.quantize to int8 "
+        "or fp8",
     ),
     # What is learnt
     Row(

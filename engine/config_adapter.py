@@ -38,9 +38,10 @@ class AdapterSettings(Section):
     """Scale by alpha / √rank instead, so that high ranks learn as fast as low ones (Kalajdzievski,
     arXiv:2312.03732)."""
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq"] = "default"
-    """How the weights begin (`lora`, `locon`, `dora`); none changes the base model at first. `pissa` and `olora` begin
-    with the main directions of the base's own weights (`lora`, `locon`) and are shared at twice the rank; `loftq` is
-    for quantized base models."""
+    """How the weights begin (`lora`, `locon`, `dora`); none but `loftq` changes the base model at first. `pissa` and
+    `olora` begin with the main directions of the base's own weights, `loftq` with those of what quantization took off
+    them, so that training sees nearly the whole base (all three: `lora`, `locon`); they are shared at twice the
+    rank."""
     lokr_factor: Annotated[int, Field(ge=0, le=1024)] = 0
     """Size of the small factor (`lokr` only); 0: as square as possible."""
     lokr_full: bool = False

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from lorasmith.engine.adapters.module import Kind as Kind
 from lorasmith.engine.config import AdapterSettings
 from lorasmith.engine.errors import BaseModelError, CheckpointError, ConfigError
 from lorasmith.engine.families import Component, Family, FamilySpec
+from lorasmith.engine.quantization import full_weight, is_frozen_linear
 
 _START = "start."
 """Before the names of a module's first values in checkpoints."""
@@ -131,9 +133,27 @@ def attach_adapter(family: Family, settings: AdapterSettings, seed: int) -> Adap
         for module, dropouts in build_modules(root, component, plans, settings):
             adapter.modules.append(module)
             adapter.dropouts += dropouts
+    unpacked = _unpacked(family, adapter) if settings.init == "loftq" else {}
     for module in adapter.modules:
-        draw_first_weights(module, settings.init, seed)
+        draw_first_weights(module, settings.init, seed, unpacked.get(module.name))
     return adapter
+
+
+def _is_packed(module: AdapterModule) -> bool:
+    layer: Any = module.layer
+    return is_frozen_linear(layer.get_base_layer())
+
+
+def _unpacked(family: Family, adapter: Adapter) -> dict[str, Tensor]:
+    """Return by module name the weights that packed layers had before, read once more and left on the disk."""
+    weights: dict[str, Tensor] = {}
+    for component in {module.component for module in adapter.modules}:
+        packed = [module for module in adapter.modules if module.component == component and _is_packed(module)]
+        root = family.reload_part(component) if packed else None
+        for module in packed:
+            assert root is not None
+            weights[module.name] = full_weight(root.get_submodule(module.path))
+    return weights
 
 
 def selected_layers(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.engine.adapters.module import DOWN, MAGNITUDE, PEFT_NAME, UP, AdapterModule
+from lorasmith.engine.quantization import full_weight
 
 _SLACK = 1e-5
 """How far above its limit a norm may be: scaling rounds, and must not go on for ever."""
@@ -30,10 +31,7 @@ def change_of(module: AdapterModule) -> Tensor:
 
 def base_weight(layer: Any) -> Tensor:
     """Return the frozen weight inside an adapted layer as fp32, also where it is quantized."""
-    from peft.utils.integrations import dequantize_module_weight
-
-    weight: Tensor = dequantize_module_weight(layer.get_base_layer())
-    return weight.detach().float()
+    return full_weight(layer.get_base_layer()).float()
 
 
 def row_norms(module: AdapterModule) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorasmith.engine.adapters.change import base_weight, row_norms
 from lorasmith.engine.adapters.module import DOWN, MAGNITUDE, UP, AdapterModule
-from lorasmith.engine.adapters.started import first_product, start_from_weight
+from lorasmith.engine.adapters.started import first_product, start_beside_weight, start_from_weight
 from lorasmith.engine.draws import torch_rng
 
 _LOHA_STD = {"hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_b": 1.0}
@@ -24,11 +24,16 @@ _LOKR_UNIFORM = ("lokr_w1", "lokr_w2_a")
 
 
 @torch.no_grad()
-def draw_first_weights(module: AdapterModule, init: str, seed: int) -> None:
-    """Fill the tensors of `module`; `init` as in `adapter.init`."""
+def draw_first_weights(module: AdapterModule, init: str, seed: int, unpacked: Tensor | None = None) -> None:
+    """Fill the tensors of `module`; `init` as in `adapter.init`.
+
+    `unpacked` is the weight (out, in) that the layer had before it was quantized, for `loftq`.
+    """
     match module.kind:
         case "lora" | "dora":
             _fill_lora(module, init, torch_rng(seed, module.name))
+            if init == "loftq" and unpacked is not None:
+                _make_good(module, unpacked, torch_rng(seed, module.name))
         case "loha":
             generator = torch_rng(seed, module.name)
             for name, tensor in module.tensors.items():
@@ -53,14 +58,25 @@ def _fill_lora(module: AdapterModule, init: str, generator: torch.Generator) -> 
             module.down.copy_(_uniform(shape, generator))
     if init in ("pissa", "olora"):
         weight = base_weight(module.layer).flatten(1)
-        first = first_product(weight, init, module.rank, module.scale, generator)
-        count = len(first[DOWN])  # less than the rank in small layers; the others stay as they were drawn
-        module.down.view(module.rank, -1)[:count] = first[DOWN]
-        module.up.view(-1, module.rank)[:, :count] = first[UP]
+        _begin_with(module, first_product(weight, init, module.rank, module.scale, generator))
         start_from_weight(module)
     if MAGNITUDE in module.tensors:
         magnitude = module.tensors[MAGNITUDE]
         magnitude.copy_(row_norms(module).view(magnitude.shape))
+
+
+def _begin_with(module: AdapterModule, first: dict[str, Tensor]) -> None:
+    count = len(first[DOWN])  # less than the rank in small layers; the others stay as they were drawn
+    module.down.view(module.rank, -1)[:count] = first[DOWN]
+    module.up.view(-1, module.rank)[:, :count] = first[UP]
+
+
+def _make_good(module: AdapterModule, unpacked: Tensor, generator: torch.Generator) -> None:
+    """Begin with the main directions of what quantization took off the weight (LoftQ with one iteration)."""
+    weight = base_weight(module.layer)
+    lost = unpacked.to(weight.device, torch.float32) - weight
+    _begin_with(module, first_product(lost, "loftq", module.rank, module.scale, generator))
+    start_beside_weight(module)
 
 
 def _fill_orthogonal(module: AdapterModule, generator: torch.Generator) -> None:

@@ -1,9 +1,14 @@
-"""Starting from the base's own weights: PiSSA (Meng et al., arXiv:2404.02948) and OLoRA (Büyükakyüz, arXiv:2406.01775).
+"""Starting from the base's own weights: PiSSA, OLoRA and LoftQ.
 
-Both begin with a product that is a part of the weight, and take that part off the weight, so that nothing changes at
-first. Here the frozen weight stays as it is and the layer computes `up @ down - first up @ first down`, which is the
-same function with the same gradients, but exact: nothing is rounded to 16 bits, nothing has to be put back to switch
-the adapter off, and a quantized weight is not quantized again.
+PiSSA (Meng et al., arXiv:2404.02948) and OLoRA (Büyükakyüz, arXiv:2406.01775) begin with a product that is a part of
+the weight, and take that part off the weight, so that nothing changes at first. Here the frozen weight stays as it is
+and the layer computes `up @ down - first up @ first down`, which is the same function with the same gradients, but
+exact: nothing is rounded to 16 bits, nothing has to be put back to switch the adapter off, and a quantized weight is
+not quantized again.
+
+LoftQ (Li et al., arXiv:2310.08659) begins with the main directions of what quantization took off the weight, and the
+layer adds them: training sees nearly the base that was not quantized. What is shared is what training changed,
+`up @ down - first up @ first down`, since people use the file on a base that lost nothing.
 """
 
 from __future__ import annotations
@@ -23,8 +28,8 @@ _OVERSAMPLING = 8
 def first_product(weight: Tensor, kind: str, rank: int, scale: float, generator: torch.Generator) -> dict[str, Tensor]:
     """Return `lora_A.weight` (k, in) and `lora_B.weight` (out, k) with k = min(rank, out, in) of a weight (out, in).
 
-    `pissa`: scale · B A is the best approximation of that rank; `olora`: B is orthonormal and B A the weight's
-    projection on it.
+    `pissa`: scale · B A is the best approximation of that rank, and for `loftq` too, of what quantization lost;
+    `olora`: B is orthonormal and B A the weight's projection on it.
     """
     if kind == "olora":
         basis = torch.linalg.qr(weight[:, : min(rank, *weight.shape)]).Q
@@ -51,15 +56,27 @@ def _main_directions(weight: Tensor, rank: int, generator: torch.Generator) -> t
 
 def start_from_weight(module: AdapterModule) -> None:
     """Make the layer of `module` subtract the product of its present values, which become `module.start`."""
+    start = _kept_start(module)
+    layer = module.layer
+    for holder, name, kind in ((layer.lora_A, DOWN, _BothDown), (layer.lora_B, UP, _Difference)):
+        for key, plain in list(holder.items()):
+            holder[key] = kind(plain, start[name])
+
+
+def start_beside_weight(module: AdapterModule) -> None:
+    """Keep the present values of `module` as `module.start`, which its layer does not subtract."""
+    for name, first in _kept_start(module).items():
+        # Held by the layer, so that they are wherever it is.
+        module.layer.register_parameter(f"first_{name.split('.')[0]}", first)
+
+
+def _kept_start(module: AdapterModule) -> dict[str, nn.Parameter]:
     # Parameters, since those stay the same objects where a model is moved to another device.
     start = {
         name: nn.Parameter(tensor.detach().clone(), requires_grad=False) for name, tensor in module.tensors.items()
     }
     module.start = dict(start)
-    layer = module.layer
-    for holder, name, kind in ((layer.lora_A, DOWN, _BothDown), (layer.lora_B, UP, _Difference)):
-        for key, plain in list(holder.items()):
-            holder[key] = kind(plain, start[name])
+    return start
 
 
 class _Started(nn.Module):

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorasmith.engine.quantization import full_weight
+
 
 @dataclass(frozen=True)
 class Change:
@@ -100,10 +102,7 @@ def frozen_layer(layer: Any) -> Any:
 
 def base_weight(layer: Any) -> Tensor:
     """Return the frozen weight of a layer (out, in, …) in fp32 on the CPU, unpacked where it is quantized."""
-    from peft.utils.integrations import dequantize_module_weight
-
-    weight: Tensor = dequantize_module_weight(frozen_layer(layer))
-    return weight.detach().float().cpu()
+    return full_weight(frozen_layer(layer)).float().cpu()
 
 
 def weight_shape(layer: Any) -> tuple[int, ...]:

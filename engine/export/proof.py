@@ -31,6 +31,7 @@ from lorasmith.engine.export.layouts import (
     product,
 )
 from lorasmith.engine.export.rules import Stored, change_of, stored_modules
+from lorasmith.engine.quantization import num_weights
 
 if TYPE_CHECKING:
     from lorasmith.engine.adapters import Adapter, AdapterModule
@@ -135,8 +136,7 @@ def _second_reader(
 
 
 def _is_real(family: Family) -> bool:
-    weights = sum(weight.numel() for weight in family.denoiser.parameters())
-    return weights > _REAL_SHARE * family.spec.denoiser_parameters
+    return num_weights(family.denoiser) > _REAL_SHARE * family.spec.denoiser_parameters
 
 
 def _rebuild(family: Family, entry: Entry, stored: Stored) -> AnyChange:

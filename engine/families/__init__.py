@@ -202,6 +202,13 @@ class Family(Protocol):
         """Encode prompts, each to named tensors without a batch dimension; gradients reach the text encoders."""
         ...
 
+    def blank_prompt(self, tokens: int) -> Conditioning:
+        """Return zeros as `encode_prompts` gives one prompt, of `tokens` tokens where prompts keep their own length.
+
+        For counting memory without text encoders: the meta device has none of their results.
+        """
+        ...
+
     def collate(self, conditionings: Sequence[Conditioning]) -> Conditioning:
         """Stack (and pad, where lengths differ) the conditioning of several prompts into a batch on the device."""
         ...
@@ -230,6 +237,13 @@ class Family(Protocol):
 
     def release_encoders(self, keep_text: bool = False) -> None:
         """Drop the autoencoder and, unless they are trained and so kept, the text encoders from memory."""
+        ...
+
+    def reload_part(self, component: Component) -> torch.nn.Module:
+        """Load the denoiser or a text encoder once more in main memory as it is in its files, in `dtype` and unpacked.
+
+        For what needs weights that quantization changed; where the files have `dtype`, they are read as they are used.
+        """
         ...
 
     def save_memory(self, measure: MemoryMeasure) -> bool:

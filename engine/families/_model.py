@@ -23,9 +23,11 @@ from lorasmith.engine.families import (
     MemoryMeasure,
     PictureRequest,
     Placement,
+    Quantization,
     present_text_parts,
 )
 from lorasmith.engine.families import _loading as loading
+from lorasmith.engine.quantization import pack_module
 
 if TYPE_CHECKING:
     import torch
@@ -63,12 +65,12 @@ class LoadedModel:
         self._apart, self._draws_on_cpu, self._encodes_images = apart, False, True
         self.noise_schedule: Mapping[str, Any] = self.load_noise_schedule()
         self.tokenizers = [] if loading.builds_skeletons() else self.load_tokenizers()
-        self.denoiser: torch.nn.Module = self.load_denoiser().to(device)
+        self.denoiser: torch.nn.Module = self._settled(self.load_denoiser(), placement.quantize)
         self.text_encoders: dict[Component, torch.nn.Module] = {}
         self._vae: Any = None
         for component in present_text_parts(self.spec, identity):
             encoder = self.load_text_encoder(component)
-            self.text_encoders[component] = encoder if apart else encoder.to(device)
+            self.text_encoders[component] = self._settled(encoder, placement.quantize_text_encoders, waits=apart)
         if not apart:
             self._vae = self._prepared_vae()
 
@@ -128,6 +130,10 @@ class LoadedModel:
         """Run the denoiser; see `Family`."""
         raise NotImplementedError
 
+    def prompt_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each tensor of a prompt's encoding, `tokens` long where prompts keep their own length."""
+        raise NotImplementedError
+
     def use_tiles(self, vae: Any, side: int) -> None:
         """Let an autoencoder take pictures singly, in overlapping tiles of `side` pixels."""
         vae.enable_slicing()
@@ -166,6 +172,13 @@ class LoadedModel:
         finally:
             if visits:
                 encoder.to("cpu")
+
+    def blank_prompt(self, tokens: int) -> Conditioning:
+        """Return zeros in the shapes of one prompt's encoding; see `Family`."""
+        import torch
+
+        shapes = self.prompt_shapes(tokens)
+        return {key: torch.zeros(shape, dtype=self.dtype, device=self.device) for key, shape in shapes.items()}
 
     def collate(self, conditionings: Sequence[Conditioning]) -> Conditioning:
         """Stack prompts of one length to a batch on the device; floats in `dtype`, masks as they are."""
@@ -210,6 +223,10 @@ class LoadedModel:
         to_pictures = partial(VaeImageProcessor().postprocess, output_type="pil")
         picture: Image.Image = to_pictures(self.pixels_of(vae, latents))[0]
         return picture
+
+    def reload_part(self, component: Component) -> torch.nn.Module:
+        """Load the denoiser or a text encoder once more, unpacked; see `Family`."""
+        return self.load_denoiser() if component == "denoiser" else self.load_text_encoder(component)
 
     def release_encoders(self, keep_text: bool = False) -> None:
         """Drop the autoencoder, and the text encoders too, from memory; `draw` loads the decoder while it needs it."""
@@ -256,6 +273,15 @@ class LoadedModel:
             self.device = device
             # The allocator's cache was not given back, so that there is room for the way back.
             self.denoiser.to(device)
+
+    def _settled(self, module: torch.nn.Module, quantization: Quantization, *, waits: bool = False) -> torch.nn.Module:
+        """Lay a part just loaded on the device, or where it `waits` in main memory; packed on the device either way."""
+        import torch
+
+        waits_on = torch.device("cpu") if waits and not loading.builds_skeletons() else self.device
+        matmul = self.placement.quantized_matmul
+        pack_module(module, self.device, quantization, quantized_matmul=matmul, waits_on=waits_on)
+        return module
 
     def _prepared_vae(self) -> Any:
         vae = self.load_vae()

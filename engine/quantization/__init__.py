@@ -81,6 +81,13 @@ def full_weight(layer: Any) -> torch.Tensor:
     return weight
 
 
+def is_frozen_linear(layer: Any) -> bool:
+    """Tell whether `layer` is one whose weight is packed."""
+    from lorasmith.engine.quantization.frozen_linear import FrozenLinear
+
+    return isinstance(layer, FrozenLinear)
+
+
 def num_weights(module: torch.nn.Module) -> int:
     """Return how many numbers the parameters of `module` are, those of packed layers counted unpacked."""
     from lorasmith.engine.quantization.frozen_linear import FrozenLinear

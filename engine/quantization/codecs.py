@@ -78,7 +78,7 @@ class NormalFloat:
             scales.append(largest.float().view(-1))
         largest = torch.cat(scales)
         mean = largest.mean()
-        code = functional.create_dynamic_map().to(weight.device)
+        code = _dynamic_code().to(weight.device, copy=True)
         scales_8bit, state = functional.quantize_blockwise(largest - mean, code=code, blocksize=SCALE_BLOCK)
         return torch.cat(values), scales_8bit, state.absmax, mean, code
 
@@ -107,6 +107,13 @@ def scale_rows(rows: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     scales = torch.where(size > 0, size / largest, 1.0)
     # Rounding up could leave the format's range.
     return (rows / scales).clamp_(-largest, largest), scales
+
+
+@cache
+def _dynamic_code() -> Tensor:
+    """Return the 256 numbers (256,) that bitsandbytes' 8-bit blocks are made of; making them takes 20 ms."""
+    code: Tensor = bitsandbytes().create_dynamic_map()
+    return code
 
 
 @cache

@@ -34,7 +34,7 @@ class FrozenLinear(nn.Linear):
         bias = None if layer.bias is None else layer.bias.detach().to(device)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.train(layer.training)
-        self._settle()
+        self.settle()
 
     @property
     def packed(self) -> Packed:
@@ -76,10 +76,10 @@ class FrozenLinear(nn.Linear):
             packed |= {name: _moved(tensor, fn) for name, tensor in packed.items()}
         finally:
             self._buffers |= packed
-        self._settle()
+        self.settle()
         return self
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Find out whether the device that the layer is on multiplies its format; else it is widened there."""
         self.multiplies = self._wants_products and has_products(self.quantization, self.device)
 

@@ -18,6 +18,7 @@ from lorasmith.engine.config_adapter import effective_scale
 from lorasmith.engine.disk_plan import plan_disk
 from lorasmith.engine.errors import BaseModelError, CheckpointError, ConfigError
 from lorasmith.engine.families import Family
+from lorasmith.engine.quantization.frozen_linear import FrozenLinear
 from lorasmith.engine.run_file import Layer, resolve_config
 from lorasmith.engine.run_setup import find_base
 from tests.engine.running import load_tiny, tiny_config
@@ -419,11 +420,8 @@ def test_a_resumed_pissa_has_the_start_of_its_checkpoint(tiny_sd15: Path) -> Non
 
 
 def test_the_outputs_of_a_quantized_layer_are_turned_as_its_unpacked_weight_would_be() -> None:
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
     draw = torch.Generator().manual_seed(0)
-    base = Linear4bit(64, 32, quant_type="nf4", compute_dtype=torch.float32)
-    base.weight = Params4bit(torch.randn(32, 64, generator=draw), requires_grad=False, quant_type="nf4").to("cpu")
+    base = FrozenLinear(torch.nn.Linear(64, 32), "nf4", torch.device("cpu"))
     layer, x = RotatedLayer(base, (4, 8, 8)), torch.randn(3, 64, generator=draw)
     assert torch.equal(layer(x), base(x))
     blocks = layer.oft_blocks["default"]

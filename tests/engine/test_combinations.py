@@ -54,6 +54,13 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ),
     ({"adapter.lokr_factor": 4}, "adapter.lokr_factor", {"adapter.lokr_factor": 0}),
     ({"adapter.block_size": 8}, "adapter.block_size", {"adapter.kind": "oft"}),
+    ({"adapter.init": "loftq"}, "adapter.init", {"memory.quantize": "nf4"}),
+    ({"memory.quantized_matmul": True}, "memory.quantized_matmul", {"memory.quantize": "int8"}),
+    (
+        {"memory.quantized_matmul": True, "memory.quantize": "nf4"},
+        "memory.quantized_matmul",
+        {"memory.quantized_matmul": False},
+    ),
     (
         {"objective.min_timestep": 500, "objective.max_timestep": 500},
         "objective.min_timestep",
