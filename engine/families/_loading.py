@@ -119,10 +119,12 @@ def without_weights(module: torch.nn.Module, dtype: torch.dtype) -> Any:
 
 
 def _skeleton(files: BaseFiles, part: str, kind: Any, dtype: torch.dtype, config: Any) -> Any:
+    import torch
     from accelerate import init_empty_weights
 
     try:
-        with init_empty_weights():
+        # Both: what a model makes of numpy's arrays is not made on the meta device.
+        with init_empty_weights(), torch.device("meta"):
             if _of_transformers(kind):
                 module = kind(config or read_config(files, part, kind.config_class))
             else:
