@@ -230,6 +230,11 @@ class Anima(LoadedModel):
         padded = (torch.nn.utils.rnn.pad_sequence(part, batch_first=True).to(self.device) for part in (ids, mask))
         return dict(zip(("input_ids", "attention_mask"), padded, strict=True))
 
+    def prompt_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a prompt's encoding; all prompts have one length."""
+        config: Any = self.denoiser.config
+        return {"prompt_embeds": (own.TOKENS, int(config.text_embed_dim))}
+
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Run the transformer on the latents as a video of one frame at sigma = timesteps / 1000."""
         import torch

@@ -196,6 +196,11 @@ class Chroma(FluxModel):
             batch["prompt_mask"] = real.to(self.device)
         return batch
 
+    def prompt_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a prompt's encoding; `tokens` counts its own."""
+        config: Any = self.denoiser.config
+        return {"prompt_embeds": (min(tokens, recognition.TOKENS), int(config.joint_attention_dim))}
+
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Run the transformer on noisy latents (B, 16, h, w) at 1000 · sigma (B,); returns the velocity."""
         import torch

@@ -228,6 +228,15 @@ class Flux1(FluxModel):
             for row, summary in zip(embeds.to(self.dtype), pooled, strict=True)
         ]
 
+    def prompt_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a prompt's encoding; all prompts have one length."""
+        config: Any = self.denoiser.config
+        tokens = recognition.tokens_of(self.identity.variant)
+        return {
+            "prompt_embeds": (tokens, int(config.joint_attention_dim)),
+            "pooled": (int(config.pooled_projection_dim),),
+        }
+
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Run the transformer on noisy latents (B, 16, h, w) at 1000 · sigma (B,); returns the velocity.
 

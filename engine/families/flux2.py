@@ -250,6 +250,11 @@ class Flux2(LoadedModel):
             )
         return [{"prompt_embeds": row} for row in embeds]
 
+    def prompt_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a prompt's encoding; all prompts have one length."""
+        config: Any = self.denoiser.config
+        return {"prompt_embeds": (own.TOKENS, int(config.joint_attention_dim))}
+
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Run the transformer on noisy latents (B, 128, h, w) at timesteps (B,) = 1000 · sigma; noise - latents."""
         embeds = conditioning["prompt_embeds"]

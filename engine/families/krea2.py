@@ -217,6 +217,12 @@ class Krea2(LoadedModel):
             "prompt_lengths": torch.tensor([len(row) for row in rows]),
         }
 
+    def prompt_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a prompt's encoding; `tokens` counts its own."""
+        config: Any = self.denoiser.config
+        shape = (min(tokens, own.TOKENS), int(config.num_text_layers), int(config.text_hidden_dim))
+        return {"prompt_embeds": shape}
+
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Run the transformer on the packed latents at sigma = timesteps / 1000."""
         import torch

@@ -213,6 +213,11 @@ class Lumina2(LoadedModel):
         mask = pad_sequence(ones, batch_first=True).to(self.device)
         return {"prompt_embeds": pad_sequence(rows, batch_first=True), "prompt_mask": mask}
 
+    def prompt_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a prompt's encoding; `tokens` counts its own."""
+        config: Any = self.denoiser.config
+        return {"prompt_embeds": (min(tokens, own.TOKENS), int(config.cap_feat_dim))}
+
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Run the transformer; its time runs from noise (0) to picture (1), and its estimate is latents - noise."""
         import torch

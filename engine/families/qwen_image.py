@@ -208,6 +208,11 @@ class QwenImage(LoadedModel):
             batch["prompt_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).to(self.device)
         return batch
 
+    def prompt_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a prompt's encoding; `tokens` counts its own."""
+        config: Any = self.denoiser.config
+        return {"prompt_embeds": (min(tokens, own.TOKENS), int(config.joint_attention_dim))}
+
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Run the transformer on noisy latents (B, 16, h, w) at timesteps (B,) = 1000 · sigma; noise - latents."""
         from diffusers import QwenImagePipeline

@@ -196,6 +196,11 @@ class StableDiffusion(LoadedModel):
             embeds = encoder(tokens.input_ids.to(self.device))[0]
         return [{"prompt_embeds": row} for row in embeds]
 
+    def prompt_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a prompt's encoding; all prompts have one length."""
+        config: Any = self.denoiser.config
+        return {"prompt_embeds": (SPEC.token_limit, int(config.cross_attention_dim))}
+
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Run the UNet on noisy latents (B, C, h, w) at timesteps (B,); returns noise or velocity, by `identity`."""
         prediction: torch.Tensor = self.denoiser(

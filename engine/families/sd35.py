@@ -226,6 +226,15 @@ class StableDiffusion3(LoadedModel):
         ids: torch.Tensor = tokens.input_ids.to(self.device)
         return ids
 
+    def prompt_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a prompt's encoding; all prompts have one length."""
+        config: Any = self.denoiser.config
+        tokens = own.CLIP_TOKENS + own.T5_TOKENS
+        return {
+            "prompt_embeds": (tokens, int(config.joint_attention_dim)),
+            "pooled": (int(config.pooled_projection_dim),),
+        }
+
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Run the transformer on noisy latents (B, 16, h, w) at 1000 · sigma (B,); returns noise - latents."""
         prediction: torch.Tensor = self.denoiser(

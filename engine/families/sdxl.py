@@ -233,6 +233,12 @@ class StableDiffusionXL(LoadedModel):
                 rows[index] = {key: torch.zeros_like(value) for key, value in rows[index].items()}
         return rows
 
+    def prompt_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a prompt's encoding; all prompts have one length."""
+        config: Any = self.denoiser.config
+        pooled = int(config.projection_class_embeddings_input_dim) - 6 * int(config.addition_time_embed_dim)
+        return {"prompt_embeds": (SPEC.token_limit, int(config.cross_attention_dim)), "pooled": (pooled,)}
+
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Run the UNet on noisy latents (B, C, h, w) at timesteps (B,); returns noise or velocity, by `identity`."""
         noisy = noisy.to(self.device, self.dtype)
