@@ -42,6 +42,8 @@ _MULTIPLYING_KERNELS = 8
 scales (`engine.quantization.products`)."""
 _MULTIPLYING_BYTES = 32.0
 """Bytes that these move for each number of the input and result, eagerly and partly in fp32."""
+_SWAP_LAUNCHES = 10
+"""Copies, events and hooks of a swapped block in one pass, in kernels' time: a judgement."""
 _STAND_IN = "GeForce RTX 3060"
 _UNKNOWN_RANGE = 3.0
 _LIKE_RANGE = 1.5
@@ -134,11 +136,6 @@ def step_seconds(subject: Subject, card: CardSpeed | None, calibration: float = 
     return StepTime(usual, low, high, _basis(card))
 
 
-def usual_seconds(subject: Subject, card: CardSpeed | None) -> float:
-    """Return `step_seconds(…).seconds` alone, before calibration: what plans are compared by."""
-    return _step(subject, card if card is not None else _cards()[_plain(_STAND_IN)], _USUAL)
-
-
 def _basis(card: CardSpeed | None) -> str:
     if card is None:
         return "a guess: this card is not known, so the speed of an RTX 3060 is taken"
@@ -147,55 +144,98 @@ def _basis(card: CardSpeed | None) -> str:
     return f"an estimate from the data sheet of the {card.name}; the first steps tell the real time"
 
 
+@dataclass(frozen=True)
+class StepParts:
+    """A step's time as a function of how many blocks are checkpointed and swapped, all else being set.
+
+    Seconds: of the card and of the processor without checkpointing and for checkpointing all blocks; of the processor
+    for a swapped block, of copying it, and of copying all inputs; all this `often` a step, and `after` once.
+    """
+
+    blocks: int
+    card: float
+    card_again: float
+    launch: float
+    launch_again: float
+    launch_swap: float
+    copy_block: float
+    copy_inputs: float
+    often: float
+    after: float
+
+    def seconds(self, checkpointed: float, swapped: int) -> float:
+        """Return the seconds of a step with this share of the blocks checkpointed and so many swapped."""
+        share = max(checkpointed, min(1.0, swapped / max(1, self.blocks)))
+        computing = self.card + self.card_again * share
+        launching = self.launch + self.launch_again * share + 2 * self.launch_swap * swapped
+        # Twice: for the way there and for the way back, which computes a checkpointed block again at once.
+        copying = 2 * self.copy_block * swapped + self.copy_inputs * share
+        # The first block is waited for: nothing computes while it comes.
+        waiting = self.copy_block if swapped else 0.0
+        return (max(computing, launching, copying) + waiting) * self.often + self.after
+
+
+def usual_parts(subject: Subject, card: CardSpeed | None) -> StepParts:
+    """Return what `step_seconds(…).seconds` consists of before calibration: what plans are compared by."""
+    return _parts(subject, card if card is not None else _cards()[_plain(_STAND_IN)], _USUAL)
+
+
 def _step(subject: Subject, card: CardSpeed, habits: _Habits) -> float:
     config = subject.config
-    model = subject.model
-    swapped = min(config.memory.swapped_blocks, model.num_blocks)
-    share = checkpointed_share(config, model)
-    gpu = _arithmetic(subject, card, habits, share) + _widening(config, model, card, share)
-    launch = _kernels(config, model, card, share) * habits.launch_us * 1e-6
+    checkpointed = config.memory.checkpoint_share if config.train.gradient_checkpointing else 0.0
+    return _parts(subject, card, habits).seconds(checkpointed, config.memory.swapped_blocks)
+
+
+def _parts(subject: Subject, card: CardSpeed, habits: _Habits) -> StepParts:
+    config, model = subject.config, subject.model
     pcie = card.pcie_gb * habits.copy * 1e9
-    # Twice: for the way there and for the way back, which computes a checkpointed block again at once.
-    copied = 2 * swapped_bytes(config, model, swapped)
+    computing, computing_again = _arithmetic(subject, card, habits)
+    widening = _widening(config, model, card)
+    launches, launches_again = _kernels(config, model, card)
+    inputs = 0.0
     if config.memory.offload_activations:
-        copied += model.inputs.mib(config.train.batch_size, subject.megapixels) * MIB * share
-    micro = max(gpu, launch, copied / pcie)
-    if config.objective.preserve != "off":
-        micro *= _PRESERVING
-    return micro * config.train.gradient_accumulation + _optimizer(subject, card, pcie)
+        inputs = model.inputs.mib(config.train.batch_size, subject.megapixels) * MIB
+    preserving = _PRESERVING if config.objective.preserve != "off" else 1.0
+    return StepParts(
+        blocks=model.num_blocks,
+        card=computing + 2 * widening,
+        card_again=computing_again + widening,
+        launch=launches * habits.launch_us * 1e-6,
+        launch_again=launches_again * habits.launch_us * 1e-6,
+        launch_swap=_SWAP_LAUNCHES * habits.launch_us * 1e-6,
+        copy_block=_block_bytes(config, model) / pcie,
+        copy_inputs=inputs / pcie,
+        often=config.train.gradient_accumulation * preserving,
+        after=_optimizer(subject, card, pcie),
+    )
 
 
-def checkpointed_share(config: RunConfig, model: ModelMemory) -> float:
-    """Return the share of the blocks that are computed twice: those asked for, and every swapped one."""
-    asked = config.memory.checkpoint_share if config.train.gradient_checkpointing else 0.0
-    return max(asked, min(1.0, config.memory.swapped_blocks / max(1, model.num_blocks)))
-
-
-def swapped_bytes(config: RunConfig, model: ModelMemory, swapped: int) -> float:
-    """Return the bytes of `swapped` blocks of the middling size, in the format that they are kept in."""
+def _block_bytes(config: RunConfig, model: ModelMemory) -> float:
+    """Return the bytes of a block of the middling size, in the format that it is kept in."""
     wide = 4 if config.train.precision == "fp32" else 2
     each = wide if config.memory.quantize == "none" else bytes_per_weight(config.memory.quantize)
-    packed = sum(group.count * group.packed for group in model.blocks) / max(1, model.num_blocks)
-    plain = sum(group.count * group.plain for group in model.blocks) / max(1, model.num_blocks)
-    return swapped * (packed * each + plain * wide)
+    packed = sum(group.count * group.packed for group in model.blocks)
+    plain = sum(group.count * group.plain for group in model.blocks)
+    return (packed * each + plain * wide) / max(1, model.num_blocks)
 
 
-def _arithmetic(subject: Subject, card: CardSpeed, habits: _Habits, share: float) -> float:
-    """Return the seconds of the way there, of the way back, which no frozen weight has a gradient in, and again."""
+def _arithmetic(subject: Subject, card: CardSpeed, habits: _Habits) -> tuple[float, float]:
+    """Return the seconds of the way there and back, in which no frozen weight has a gradient, and of the way again."""
     config = subject.config
     fixed, linear, square = subject.model.tflop
     pictures, megapixels = config.train.batch_size, subject.megapixels
-    products = pictures * (fixed + linear * megapixels) * (2 + share)
-    attention = pictures * square * megapixels**2 * (1 + share + _BACKWARD_ATTENTION)
+    products = pictures * (fixed + linear * megapixels)
+    attention = pictures * square * megapixels**2
     peak = card.fp32 if config.train.precision == "fp32" else card.tflops
-    wide = (products + attention) / (peak * habits.peak)
+    wide, moved = products / (peak * habits.peak), 0.0
     narrow = _narrow_peak(config, card)
-    if narrow <= peak:
-        return wide
-    # The layers' width, as that of a square layer with half as many numbers as the largest one, each way.
-    width = math.sqrt(subject.model.denoiser.layer) / 2
-    moved = _MULTIPLYING_BYTES * products * 1e12 / (2 * width) / (card.bandwidth_gb * 1e9)
-    return (products / narrow + attention / peak) / habits.peak + moved
+    if narrow > peak:
+        # The layers' width, as that of a square layer with half as many numbers as the largest one, each way.
+        width = math.sqrt(max(1, subject.model.denoiser.layer)) / 2
+        moved = _MULTIPLYING_BYTES * products * 1e12 / (2 * width) / (card.bandwidth_gb * 1e9)
+        wide = products / (narrow * habits.peak)
+    attending = attention / (peak * habits.peak)
+    return 2 * (wide + moved) + (1 + _BACKWARD_ATTENTION) * attending, wide + moved + attending
 
 
 def _narrow_peak(config: RunConfig, card: CardSpeed) -> float:
@@ -205,25 +245,25 @@ def _narrow_peak(config: RunConfig, card: CardSpeed) -> float:
     return {"int8": card.int8, "fp8": card.fp8}.get(config.memory.quantize, 0.0)
 
 
-def _widening(config: RunConfig, model: ModelMemory, card: CardSpeed, share: float) -> float:
-    """Return the seconds in which the packed weights are widened to 16 bits, once for each use."""
+def _widening(config: RunConfig, model: ModelMemory, card: CardSpeed) -> float:
+    """Return the seconds in which the packed weights are widened to 16 bits once."""
     if config.memory.quantize == "none" or _narrow_peak(config, card):
         return 0.0
     moved, _ = _UNPACKING[config.memory.quantize]
-    return moved * model.denoiser.packed * (2 + share) / (card.bandwidth_gb * 1e9)
+    return moved * model.denoiser.packed / (card.bandwidth_gb * 1e9)
 
 
-def _kernels(config: RunConfig, model: ModelMemory, card: CardSpeed, share: float) -> float:
+def _kernels(config: RunConfig, model: ModelMemory, card: CardSpeed) -> tuple[float, float]:
+    """Return the kernels of a step without checkpointing, and those that full checkpointing adds."""
     none, whole = model.kernels
-    kernels = none + (whole - none) * share
-    if config.memory.lora_precision == "base" and config.train.precision != "fp32":
-        kernels *= _FEWER_KERNELS
+    again = float(whole - none)
+    fewer = _FEWER_KERNELS if config.memory.lora_precision == "base" and config.train.precision != "fp32" else 1.0
     if config.memory.quantize == "none":
-        return kernels
+        return none * fewer, again * fewer
     # Linear layers are about half as large as the largest one.
     layers = 2 * model.denoiser.packed / max(1, model.denoiser.layer)
     each = _MULTIPLYING_KERNELS if _narrow_peak(config, card) else _UNPACKING[config.memory.quantize][1]
-    return kernels + layers * each * (2 + share)
+    return none * fewer + 2 * layers * each, again * fewer + layers * each
 
 
 def _optimizer(subject: Subject, card: CardSpeed, pcie: float) -> float:

@@ -92,7 +92,7 @@ def _lower(problem: Problem, room: Room, roomy: Limits) -> Fit | None:
     """Return the plan with the highest lower resolution that fits, where the resolution may be lowered."""
     for side in problem.choices.resolutions:
         start = replace(problem.choices.start, resolution=side)
-        lower = replace(problem, choices=replace(problem.choices, start=start), _known={})
+        lower = problem.starting_from(replace(problem.choices, start=start))
         found = fastest(lower, roomy)
         if found is not None:
             return _fit("fits", lower, room, found, roomy, frozenset())

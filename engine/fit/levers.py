@@ -82,7 +82,8 @@ class Choices:
     start: Levers
     checkpointed: tuple[float, ...]
     swapped: tuple[int, ...]
-    quantize: tuple[tuple[str, bool], ...]
+    quantize: tuple[str, ...]
+    matmul: Mapping[str, bool]
     lora: tuple[str, ...]
     optimizer: tuple[str, ...]
     batches: tuple[tuple[int, int], ...]
@@ -119,7 +120,8 @@ def with_levers(subject: Subject, levers: Levers) -> Subject:
     by_section: dict[str, dict[str, Any]] = {}
     for key, value in levers.key_values().items():
         section, _, name = key.partition(".")
-        by_section.setdefault(section, {})[name] = value
+        if getattr(getattr(config, section), name) != value:
+            by_section.setdefault(section, {})[name] = value
     update = {name: getattr(config, name).model_copy(update=values) for name, values in by_section.items()}
     scale = (levers.resolution / config.dataset.resolution) ** 2
     return replace(subject, config=config.model_copy(update=update), megapixels=subject.megapixels * scale)
@@ -131,18 +133,22 @@ def choices(
     """Return what may be done: nothing to `fixed` keys, and nothing with what is `unusable` on this machine."""
     start = levers_of(subject.config)
     open_ = _Open(fixed, unusable)
+    trained = subject.config.adapter.text_encoder
     return Choices(
         start=start,
         checkpointed=_checkpointed(start, open_),
         swapped=open_.of("swapped", start.swapped, _swap_levels(subject.model.num_blocks)),
-        quantize=_quantizations(start, open_, card),
+        quantize=_quantizations("quantize", start.quantize, open_),
+        matmul=_multiplies(start, open_, card),
         lora=open_.of("lora", start.lora, ("fp32", "base") if _in_bf16(subject.config, card) else ("fp32",)),
         optimizer=_optimizers(start, open_),
         batches=_batches(start, open_),
         offload=open_.of("offload", start.offload, (False, True)),
         apart=open_.of("apart", start.apart, (False, True)),
         tiles=open_.of("tiles", start.tiles, (False, True)),
-        quantize_text=_text_quantizations(subject.config, start, open_),
+        quantize_text=(start.quantize_text,)
+        if trained
+        else _quantizations("quantize_text", start.quantize_text, open_),
         resolutions=() if FIELDS["resolution"] in fixed else _lower_resolutions(subject, start),
     )
 
@@ -178,28 +184,21 @@ def _swap_levels(blocks: int) -> tuple[int, ...]:
     return tuple(sorted({round(most * level / _SWAP_LEVELS) for level in range(_SWAP_LEVELS + 1)}))
 
 
-def _quantizations(start: Levers, open_: _Open, card: CardSpeed | None) -> tuple[tuple[str, bool], ...]:
-    formats = open_.of("quantize", start.quantize, ("none", "int8", "fp8", "nf4"))
-    if "int8" in formats and FIELDS["quantize"] not in open_.fixed:
+def _quantizations(lever: str, now: str, open_: _Open) -> tuple[str, ...]:
+    formats = open_.of(lever, now, ("none", "int8", "fp8", "nf4"))
+    if "int8" in formats and FIELDS[lever] not in open_.fixed:
         # As large as fp8 and more exact; fp8 is for machines where int8 does not work.
-        formats = tuple(name for name in formats if name != "fp8")
-    found = []
-    for name in formats:
-        wanted = open_.of("matmul", start.matmul, (False, True))
-        needs = {"int8": _MULTIPLIES_INT8, "fp8": _MULTIPLIES_FP8}.get(name)
-        able = needs is not None and card is not None and card.capability >= needs
-        fixed = FIELDS["matmul"] in open_.fixed
-        found += [(name, matmul) for matmul in wanted if fixed or not matmul or able]
-    return tuple(found)
-
-
-def _text_quantizations(config: RunConfig, start: Levers, open_: _Open) -> tuple[str, ...]:
-    if config.adapter.text_encoder:
-        return (start.quantize_text,)
-    formats = open_.of("quantize_text", start.quantize_text, ("none", "int8", "fp8", "nf4"))
-    if "int8" in formats and FIELDS["quantize_text"] not in open_.fixed:
-        formats = tuple(name for name in formats if name != "fp8")
+        return tuple(name for name in formats if name != "fp8")
     return formats
+
+
+def _multiplies(start: Levers, open_: _Open, card: CardSpeed | None) -> dict[str, bool]:
+    """Return for each format whether products in it may be chosen, or were by the user."""
+    if FIELDS["matmul"] in open_.fixed:
+        return dict.fromkeys(("int8", "fp8"), start.matmul)
+    allowed = True in open_.of("matmul", False, (False, True))
+    able = {"int8": _MULTIPLIES_INT8, "fp8": _MULTIPLIES_FP8}
+    return {name: allowed and card is not None and card.capability >= needs for name, needs in able.items()}
 
 
 def _in_bf16(config: RunConfig, card: CardSpeed | None) -> bool:

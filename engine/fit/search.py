@@ -7,13 +7,14 @@ swapped blocks of one combination are tried by rising time; what did not fit rul
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lorasmith.engine.combinations import contradictions
 from lorasmith.engine.fit.levers import Choices, Levers, with_levers
-from lorasmith.engine.step_time import CardSpeed, usual_seconds
+from lorasmith.engine.step_time import CardSpeed, StepParts, usual_parts
 
 if TYPE_CHECKING:
     from lorasmith.engine.memory.forecast import Forecast, Subject
@@ -21,9 +22,12 @@ if TYPE_CHECKING:
 _WORTH = {"none": 1.0, "int8": 1.15, "fp8": 1.15, "nf4": 1.35}
 """How much slower a plan may be before the base is kept in fewer bits instead, since every bit less moves the base
 away from the model that the LoRA is used on: a judgement, and the order of sacrifice."""
-_MATMUL_WORTH = 1.1
+_MATMUL_WORTH = 1.15
 _LORA_WORTH = 1.1
-"""The same for rounding the products too, and for a LoRA that computes in the base's 16 bits, as most trainers do."""
+_OPTIMIZER_WORTH = 1.05
+_OFFLOAD_WORTH = 1.05
+"""The same for rounding the products too, for a LoRA that computes in the base's 16 bits, as in most trainers, for an
+optimizer in 8 bits, and for main memory that other programs could use."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,11 @@ class Problem:
     choices: Choices
     ask: Callable[[Subject], Forecast]
     _known: dict[Levers, Forecast] = field(default_factory=dict)
+    _parts: dict[Levers, StepParts] = field(default_factory=dict)
+
+    def starting_from(self, choices: Choices) -> Problem:
+        """Return the same run with other choices; nothing is known of its plans yet."""
+        return Problem(self.subject, self.card, choices, self.ask)
 
     def forecast(self, levers: Levers) -> Forecast:
         """Return what a plan takes."""
@@ -73,12 +82,20 @@ class Problem:
 
     def seconds(self, levers: Levers) -> float:
         """Return the estimated seconds of a step, not calibrated."""
-        return usual_seconds(with_levers(self.subject, levers), self.card)
+        return self.parts(levers).seconds(levers.checkpointed, levers.swapped)
+
+    def parts(self, levers: Levers) -> StepParts:
+        """Return the time of a step as a function of checkpointed and swapped blocks."""
+        plain = replace(levers, checkpointed=0.0, swapped=0)
+        known = self._parts.get(plain)
+        if known is None:
+            known = self._parts[plain] = usual_parts(with_levers(self.subject, plain), self.card)
+        return known
 
     def candidate(self, levers: Levers) -> Candidate:
         """Return a plan with its forecast and time."""
         seconds = self.seconds(levers)
-        return Candidate(levers, self.forecast(levers), seconds, seconds * _worth(levers))
+        return Candidate(levers, self.forecast(levers), seconds, seconds * worth(levers, self.choices.start))
 
     def contradicts(self, levers: Levers) -> bool:
         """Tell whether the plan breaks a rule that the settings as they are do not break."""
@@ -87,39 +104,28 @@ class Problem:
 
 
 def fastest(problem: Problem, limits: Limits) -> Candidate | None:
-    """Return the plan of the least cost that fits, with no lever pulled that is not needed; None where none fits.
-
-    First without keeping activations in main memory and with the optimizer as it is, then with an 8-bit one, then with
-    activations in main memory too.
-    """
+    """Return the plan of the least cost that fits, with no lever pulled that is not needed; None where none fits."""
     choices = problem.choices
-    for optimizer, offload in itertools.product(choices.optimizer, choices.offload):
-        for apart in reversed(choices.apart):
-            base = replace(
-                choices.start,
-                optimizer=optimizer,
-                offload=offload,
-                apart=apart,
-                tiles=choices.tiles[-1],
-                quantize_text=choices.quantize_text[-1],
-            )
-            found = _search(problem, limits, base)
-            if found is not None:
-                return _relaxed(problem, limits, found)
-    return None
+    found = None
+    for apart in reversed(choices.apart):
+        base = replace(
+            choices.start, apart=apart, tiles=choices.tiles[-1], quantize_text=choices.quantize_text[-1], matmul=False
+        )
+        found = _search(problem, limits, base, found) or found
+    return None if found is None else _relaxed(problem, limits, _multiplying(problem, limits, found))
 
 
 def smallest(problem: Problem) -> Candidate:
     """Return the plan that takes the least of the card's memory."""
     choices = problem.choices
     corners = []
-    for (quantize, matmul), apart in itertools.product(choices.quantize[-2:], choices.apart):
+    for apart in choices.apart:
         batch, accumulation = choices.batches[-1]
         levers = Levers(
             checkpointed=choices.checkpointed[-1],
-            quantize=quantize,
+            quantize=choices.quantize[-1],
             quantize_text=choices.quantize_text[-1],
-            matmul=matmul,
+            matmul=choices.start.matmul and choices.quantize[-1] == choices.start.quantize,
             swapped=choices.swapped[-1],
             offload=choices.offload[-1],
             lora=choices.lora[-1],
@@ -134,63 +140,114 @@ def smallest(problem: Problem) -> Candidate:
     return min(corners, key=lambda candidate: candidate.forecast.peak.total)
 
 
-def _search(problem: Problem, limits: Limits, base: Levers) -> Candidate | None:
-    best: Candidate | None = None
+def _search(problem: Problem, limits: Limits, base: Levers, best: Candidate | None) -> Candidate | None:
+    """Return the cheapest plan that is cheaper than `best`."""
     for bound, levers in sorted(_combinations(problem, base), key=lambda pair: pair[0]):
         if best is not None and bound >= best.cost:
             break
-        found = _staircase(problem, limits, levers, best)
-        best = found or best
+        best = _staircase(problem, limits, levers, best) or best
     return best
 
 
 def _combinations(problem: Problem, base: Levers) -> Iterator[tuple[float, Levers]]:
-    """Yield each format of base and LoRA and each split of the batch, with the least that it can cost."""
+    """Yield each choice of everything but checkpointed and swapped blocks, with the least that it can cost."""
     choices = problem.choices
-    checkpointed, swapped = choices.checkpointed[0], choices.swapped[0]
-    for (quantize, matmul), lora, (batch, accumulation) in itertools.product(
-        choices.quantize, choices.lora, choices.batches
+    for quantize, lora, batch, optimizer, offload in itertools.product(
+        choices.quantize, choices.lora, choices.batches, choices.optimizer, choices.offload
     ):
         levers = replace(
             base,
             quantize=quantize,
-            matmul=matmul,
             lora=lora,
-            batch=batch,
-            accumulation=accumulation,
-            checkpointed=checkpointed,
-            swapped=swapped,
+            batch=batch[0],
+            accumulation=batch[1],
+            optimizer=optimizer,
+            offload=offload,
+            checkpointed=choices.checkpointed[0],
+            swapped=choices.swapped[0],
         )
-        if not problem.contradicts(levers):
-            yield problem.seconds(levers) * _worth(levers), levers
+        yield problem.seconds(levers) * worth(levers, choices.start), levers
 
 
 def _staircase(problem: Problem, limits: Limits, levers: Levers, best: Candidate | None) -> Candidate | None:
-    """Return the fastest share of checkpointed and number of swapped blocks that fits and is cheaper than `best`."""
-    choices = problem.choices
-    most = replace(levers, checkpointed=choices.checkpointed[-1], swapped=choices.swapped[-1])
-    if limits.lacking(problem.forecast(most)) == "vram":
+    """Return the fastest share of checkpointed and number of swapped blocks that fits and is cheaper than `best`.
+
+    The pairs are ordered by cost, then by swapped blocks, which lean on the rest of the machine. If nothing up to some
+    place fits, nothing before it does, so the first that fits is found by halving; and whether something up to a place
+    fits, those tell that save most.
+    """
+
+    def lacking(pair: _Pair) -> str:
+        plan = replace(levers, checkpointed=pair.share, swapped=pair.swapped)
+        return limits.lacking(problem.forecast(plan))
+
+    def any_fits(some: Sequence[_Pair]) -> bool:
+        return any(not lacking(pair) for pair in _saving_most(some))
+
+    pairs = _pairs(problem, levers, math.inf if best is None else best.cost)
+    if any(lacking(pair) == "ram" for pair in _saving_most(pairs)):
+        pairs = _in_ram(pairs, lacking)
+    if not any_fits(pairs):
         return None
-    worth = _worth(levers)
-    pairs = [
-        replace(levers, checkpointed=share, swapped=swapped)
-        for share, swapped in itertools.product(choices.checkpointed, choices.swapped)
-        if share or not levers.offload
-    ]
-    timed = [(problem.seconds(plan) * worth, plan.changes(choices.start), index) for index, plan in enumerate(pairs)]
-    too_little: list[Levers] = []
-    for cost, _, index in sorted(timed):
-        plan = pairs[index]
-        if best is not None and cost >= best.cost:
-            return None
-        if any(plan.checkpointed <= old.checkpointed and plan.swapped <= old.swapped for old in too_little):
-            continue
-        lacking = limits.lacking(problem.forecast(plan))
-        if not lacking:
-            return problem.candidate(plan)
-        if lacking == "vram":
-            too_little.append(plan)
-    return None
+    low, high = 0, len(pairs) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if any_fits(pairs[: middle + 1]) else (middle + 1, high)
+    plan = replace(levers, checkpointed=pairs[low].share, swapped=pairs[low].swapped)
+    return None if problem.contradicts(plan) else problem.candidate(plan)
+
+
+class _Pair(NamedTuple):
+    cost: float
+    """In hundredths of the least cost: what differs by less counts as equal."""
+    swapped: int
+    share: float
+
+
+def _pairs(problem: Problem, levers: Levers, below: float) -> list[_Pair]:
+    """Return the pairs of checkpointed share and swapped blocks that cost less than `below`, cheapest first."""
+    choices, parts = problem.choices, problem.parts(levers)
+    weight = worth(levers, choices.start)
+    unit = parts.seconds(0.0, 0) * weight / 100
+    found = []
+    for swapped in choices.swapped:
+        covered = swapped / max(1, parts.blocks)
+        for share in choices.checkpointed:
+            # Swapped blocks are checkpointed anyway: a share that covers no more says nothing.
+            if (0 < share <= covered and 0.0 in choices.checkpointed) or (levers.offload and not share):
+                continue
+            cost = parts.seconds(share, swapped) * weight
+            if cost < below:
+                found.append(_Pair(round(cost / unit), swapped, share))
+    return sorted(found)
+
+
+def _in_ram(pairs: Sequence[_Pair], lacking: Callable[[_Pair], str]) -> list[_Pair]:
+    """Return the pairs without those that swap more blocks than there is main memory for."""
+    for swapped in sorted({pair.swapped for pair in pairs}, reverse=True):
+        kept = [pair for pair in pairs if pair.swapped <= swapped]
+        if lacking(max(kept, key=lambda pair: (pair.swapped, pair.share))) != "ram":
+            return kept
+    return []
+
+
+def _saving_most(pairs: Sequence[_Pair]) -> list[_Pair]:
+    """Return the pairs that no other one exceeds in both the share and the number of swapped blocks."""
+    largest: list[_Pair] = []
+    for pair in sorted(pairs, key=lambda pair: (-pair.share, -pair.swapped)):
+        if not largest or pair.swapped > largest[-1].swapped:
+            largest.append(pair)
+    return largest
+
+
+def _multiplying(problem: Problem, limits: Limits, found: Candidate) -> Candidate:
+    """Return the plan with products in 8 bits, where the base is kept in 8 bits anyway and that is clearly faster."""
+    if not problem.choices.matmul.get(found.levers.quantize):
+        return found
+    plan = replace(found.levers, matmul=True)
+    if problem.seconds(plan) * _MATMUL_WORTH > found.seconds or limits.lacking(problem.forecast(plan)):
+        return found
+    return problem.candidate(plan)
 
 
 def _relaxed(problem: Problem, limits: Limits, found: Candidate) -> Candidate:
@@ -210,7 +267,9 @@ def _relaxed(problem: Problem, limits: Limits, found: Candidate) -> Candidate:
     return found
 
 
-def _worth(levers: Levers) -> float:
-    worth = _WORTH[levers.quantize]
-    worth *= _MATMUL_WORTH if levers.matmul else 1.0
-    return worth * (_LORA_WORTH if levers.lora == "base" else 1.0)
+def worth(levers: Levers, start: Levers) -> float:
+    """Return what a plan's time is multiplied by for what it gives up."""
+    weight = _WORTH[levers.quantize]
+    weight *= _LORA_WORTH if levers.lora == "base" else 1.0
+    weight *= _OFFLOAD_WORTH if levers.offload else 1.0
+    return weight * (_OPTIMIZER_WORTH if levers.optimizer != start.optimizer else 1.0)

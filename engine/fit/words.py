@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ def gib(size: float) -> str:
 def switches_of(problem: Problem, found: Candidate) -> tuple[Switch, ...]:
     """Return every lever that is pulled in the plan, with its own cost by leaving it out; the largest saving first."""
     switches = []
-    for key, without, label in _pulled(found.levers, problem.choices.start):
+    for key, without, label in _pulled(found.levers, problem.choices.start, problem.subject.model.num_blocks):
         other = problem.forecast(without)
         seconds = problem.seconds(without)
         before = {stage.stage: stage.total for stage in other.stages}
@@ -50,7 +51,7 @@ def switches_of(problem: Problem, found: Candidate) -> tuple[Switch, ...]:
     return tuple(sorted(switches, key=lambda switch: -switch.saves_gib))
 
 
-def _pulled(plan: Levers, start: Levers) -> Iterator[tuple[str, Levers, str]]:
+def _pulled(plan: Levers, start: Levers, blocks: int) -> Iterator[tuple[str, Levers, str]]:
     """Yield each lever that is pulled: its key, the plan without it, and its name."""
     if plan.checkpointed:
         share = "" if plan.checkpointed == 1 else f" of {plan.checkpointed:.0%} of the blocks"
@@ -61,7 +62,9 @@ def _pulled(plan: Levers, start: Levers) -> Iterator[tuple[str, Levers, str]]:
     if plan.matmul:
         yield FIELDS["matmul"], replace(plan, matmul=False), f"multiplying in {plan.quantize}"
     if plan.swapped:
-        yield FIELDS["swapped"], replace(plan, swapped=0), f"block swap {plan.swapped}"
+        # Swapped blocks are checkpointed: that is another lever's saving.
+        share = max(plan.checkpointed, math.ceil(8 * plan.swapped / blocks) / 8)
+        yield FIELDS["swapped"], replace(plan, swapped=0, checkpointed=share), f"block swap {plan.swapped}"
     if plan.offload:
         yield FIELDS["offload"], replace(plan, offload=False), "activations in main memory"
     if plan.lora == "base":
@@ -128,7 +131,7 @@ def _fitting_side(problem: Problem, limits: Limits) -> int:
     """Return the largest lower resolution, in pixels, at which the plan that takes least fits; 0 where none does."""
     start = problem.choices.start
     for side in range((start.resolution - 1) // 64 * 64, _SMALLEST_SIDE - 1, -64):
-        lower = replace(problem, choices=replace(problem.choices, start=replace(start, resolution=side)), _known={})
+        lower = problem.starting_from(replace(problem.choices, start=replace(start, resolution=side)))
         if not limits.lacking(smallest(lower).forecast):
             return side
     return 0
@@ -141,7 +144,7 @@ def _unfixed(problem: Problem, limits: Limits, fixed: frozenset[str]) -> list[st
         if key not in fixed:
             continue
         freed = choices(problem.subject, problem.card, fixed - {key}, frozenset())
-        plan = smallest(replace(problem, choices=freed, _known={}))
+        plan = smallest(problem.starting_from(freed))
         if not limits.lacking(plan.forecast):
             value = plan.levers.key_values()[key]
             found.append(f"{key} = {str(value).lower() if isinstance(value, bool) else value} would fit")
