@@ -26,7 +26,7 @@ PROSE_WORDS = 8
 LONG_WORDS = 20
 """Prose of fewer words is a phrase, such as “a woman sitting on a bench”, that every base reads; a judgement."""
 # fmt: off
-_CLASS_WORDS = frozenset((
+CLASS_WORDS = frozenset((
     "1girl", "1boy", "1woman", "1man", "2girls", "2boys", "solo", "girl", "boy", "woman", "man", "person", "people",
     "male", "female", "lady", "guy", "child", "kid", "baby", "character", "human", "animal", "cat", "dog", "bird",
     "horse", "car", "object", "product", "item", "toy", "chair", "bottle", "shoe", "bag", "building", "house",
@@ -178,7 +178,7 @@ def _competing(captions: Captions) -> Finding | None:
 
 def _is_class(tag: str) -> bool:
     words = re.findall(r"\w+", tag.casefold())
-    return all(word in _CLASS_WORDS or word in ("a", "an", "the", "of") for word in words)
+    return all(word in CLASS_WORDS or word in ("a", "an", "the", "of") for word in words)
 
 
 def _style_described(captions: Captions) -> Finding | None:
