@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class GpuProcess:
-    """A process that computes on a GPU; None where the driver or the rights do not tell."""
+    """A process that computes or draws on a GPU; None where the driver or the rights do not tell."""
 
     pid: int
     used_gib: float | None
@@ -159,7 +159,10 @@ def _query(index: int, driver: str | None) -> Gpu:
     memory = _optional(_memory, handle)
     power = _optional(pynvml.nvmlDeviceGetPowerUsage, handle)
     utilization = _optional(pynvml.nvmlDeviceGetUtilizationRates, handle)
-    processes = _optional(pynvml.nvmlDeviceGetComputeRunningProcesses_v3, handle) or []
+    drawing = _optional(pynvml.nvmlDeviceGetGraphicsRunningProcesses_v3, handle) or []
+    computing = _optional(pynvml.nvmlDeviceGetComputeRunningProcesses_v3, handle) or []
+    # One that does both is in both lists.
+    processes = {process.pid: process for process in (*drawing, *computing)}
     return Gpu(
         uuid=uuid,
         index=index,
@@ -171,7 +174,7 @@ def _query(index: int, driver: str | None) -> Gpu:
         utilization_percent=float(utilization.gpu) if utilization else None,
         temperature_c=_optional(_temperature, handle),
         power_w=power / 1000 if power is not None else None,
-        processes=tuple(_process(process) for process in processes),
+        processes=tuple(_process(process) for process in processes.values()),
     )
 
 

@@ -158,7 +158,7 @@ def _width() -> int:
 def _wrapped(text: str, width: int, head: str) -> list[str]:
     """Return `text` after `head`, its further lines below its first."""
     later = " " * min(len(head), len(_INDENT))
-    options = {"break_long_words": False, "break_on_hyphens": False}
-    return textwrap.wrap(text, max(40, width), initial_indent=head, subsequent_indent=later, **options) or [
-        head.rstrip()
-    ]
+    wrapper = textwrap.TextWrapper(
+        max(40, width), initial_indent=head, subsequent_indent=later, break_long_words=False, break_on_hyphens=False
+    )
+    return wrapper.wrap(text) or [head.rstrip()]

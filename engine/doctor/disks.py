@@ -14,7 +14,7 @@ from typing import Final
 
 from lorasmith.engine.doctor.check import Check
 from lorasmith.engine.doctor.file_systems import IN_MEMORY, WITHOUT_LINKS, FileSystem, file_system_of
-from lorasmith.engine.hardware import GIB
+from lorasmith.engine.nvml import GIB
 from lorasmith.engine.storage import ADVICE, CANNOT_SYNC, nearest_existing
 
 LOW_DISK_GIB, MINIMUM_DISK_GIB = 10.0, 1.0

@@ -10,6 +10,8 @@ from lorasmith.engine.hardware import Gpu, GpuProcess, HardwareSnapshot, torch_b
 
 HELD_GIB: Final = 1.0
 """More than this in other programs' hands is worth telling: a desktop without a browser takes less."""
+_DESKTOP: Final = ("Xorg", "Xwayland", "gnome-shell", "kwin_wayland", "kwin_x11", "plasmashell", "sway", "Hyprland")
+"""Without these the screen is gone."""
 
 
 def check_gpu(machine: HardwareSnapshot) -> Check:
@@ -63,10 +65,17 @@ def check_vram(machine: HardwareSnapshot) -> Check:
     if not crowded:
         return Check("vram", "pass", "; ".join(words))
     held = max(gpu.used_gib or 0.0 for gpu in crowded)
-    pids = [str(process.pid) for gpu in crowded for process in gpu.processes if process.name]
-    fix = f"kill {' '.join(pids)}   # if you know them and they are yours" if pids else "nvidia-smi"
+    large = [process for gpu in crowded for process in gpu.processes if _may_be_ended(process)]
+    names = ", ".join(str(process.name) for process in large)
+    pids = " ".join(str(process.pid) for process in large)
+    fix = f"kill {pids}   # {names}: if it is yours and no longer needed" if large else "nvidia-smi"
     meaning = f"{held:.1f} GiB less for training; what fits is reckoned with what is free now."
     return Check("vram", "warn", "; ".join(words), fix, meaning)
+
+
+def _may_be_ended(process: GpuProcess) -> bool:
+    large = process.used_gib is None or process.used_gib > HELD_GIB
+    return large and process.name is not None and process.name not in _DESKTOP
 
 
 def _occupancy(gpu: Gpu) -> str:

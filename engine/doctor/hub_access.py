@@ -30,8 +30,7 @@ def models_folder() -> Path:
 
 def check_hub() -> Check:
     """The Hub answers, and its clock is this machine's."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import constants, get_session
 
     address = constants.ENDPOINT
     if constants.HF_HUB_OFFLINE:

@@ -13,6 +13,7 @@ from lorasmith.engine.doctor.check import Check, is_wsl
 from lorasmith.engine.hardware import HardwareSnapshot
 from lorasmith.engine.storage import readable_size
 
+CONTROL_GROUPS: Final = Path("/sys/fs/cgroup")
 LOW_RAM_GIB: Final = 8.0
 NO_SWAP_RAM_GIB: Final = 16.0
 """With less than this and no swap, the kernel ends a program while a large base model is loaded."""
@@ -37,8 +38,8 @@ def check_memory(machine: HardwareSnapshot) -> Check:
     return Check("memory", "warn", detail, "ps aux --sort=-rss | head   # close what is not needed", meaning)
 
 
-def _limit(root: Path = Path("/sys/fs/cgroup")) -> str:
-    version = "2" if (root / "cgroup.controllers").exists() else "1"
+def _limit() -> str:
+    version = "2" if (CONTROL_GROUPS / "cgroup.controllers").exists() else "1"
     return f"limited by a control group, version {version}: a container or service"
 
 

@@ -6,7 +6,7 @@ import locale
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import psutil
@@ -66,7 +66,7 @@ def _runs_under_mosh() -> bool:
         return False
 
 
-_AROUND: Final = {
+_AROUND: Final[Mapping[str, Callable[[], bool]]] = {
     "tmux": lambda: bool(os.environ.get("TMUX")),
     "GNU screen": lambda: bool(os.environ.get("STY")),
     "mosh": _runs_under_mosh,

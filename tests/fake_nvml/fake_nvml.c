@@ -1,7 +1,7 @@
 /* A small libnvidia-ml.so.1 for tests: answers from a text file of key=value lines, read anew at each call.
  *
  *   FAKE_NVML_STATE names the file. Keys: count, driver, cuda, and per GPU N: N.uuid N.name N.total N.used (bytes)
- *   N.capability (e.g. 90) N.utilization N.temperature N.power (mW) N.processes ("pid:bytes,pid:bytes").
+ *   N.capability (e.g. 90) N.utilization N.temperature N.power (mW) N.processes and N.drawing ("pid:bytes,pid:bytes").
  *   error.FUNCTION=CODE or error.FUNCTION.N=CODE makes that function fail; delay.FUNCTION=MS makes it slow.
  * Compiled with -DOLD_DRIVER it lacks the newer functions, as an old driver does.
  */
@@ -151,11 +151,10 @@ int nvmlDeviceGetTemperatureV(void *device, temperature_v1 *out) {
     return 0;
 }
 
-int nvmlDeviceGetComputeRunningProcesses_v3(void *device, unsigned int *count, process *out) {
+static int processes(const char *name, void *device, unsigned int *count, process *out) {
     char key[64], value[256] = "";
     unsigned int needed = 0, room = *count;
-    ENTER(gpu_of(device));
-    snprintf(key, sizeof key, "%d.processes", gpu_of(device));
+    snprintf(key, sizeof key, "%d.%s", gpu_of(device), name);
     lookup(key, value, sizeof value);
     char *rest = value, *item;
     while ((item = strtok_r(rest, ",", &rest))) {
@@ -170,5 +169,15 @@ int nvmlDeviceGetComputeRunningProcesses_v3(void *device, unsigned int *count, p
     }
     *count = needed;
     return needed && (!out || room < needed) ? 7 : 0;
+}
+
+int nvmlDeviceGetComputeRunningProcesses_v3(void *device, unsigned int *count, process *out) {
+    ENTER(gpu_of(device));
+    return processes("processes", device, count, out);
+}
+
+int nvmlDeviceGetGraphicsRunningProcesses_v3(void *device, unsigned int *count, process *out) {
+    ENTER(gpu_of(device));
+    return processes("drawing", device, count, out);
 }
 #endif
