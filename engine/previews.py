@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from lorasmith.engine.config import RunConfig
     from lorasmith.engine.families import Conditioning, Family
 
-MAX_BATCH = 4
 FLAT_DEVIATION = 2 / 255
 """A picture whose values (0 to 1) deviate less than this is a single color: NaN or a collapsed model."""
 _SAMPLERS = {
@@ -136,13 +135,14 @@ def _draw_all(
     should_stop: Callable[[], bool],
     rungs: Rungs,
 ) -> None:
+    from lorasmith.engine.dataset.cache_size import PREVIEWS_AT_ONCE, pictures_at_once
     from lorasmith.engine.families import DrawSettings, PictureRequest
 
     side = config.previews.side or config.dataset.resolution
     settings = DrawSettings(*drawing(config, family), side, side)
     negative = conditionings[config.previews.negative_prompt]
     waiting = planned_pictures(config, list(conditionings))
-    limit = Limit(MAX_BATCH)
+    limit = Limit(min(PREVIEWS_AT_ONCE, pictures_at_once(side * side)))
     ladder = [
         FREE_CACHE,
         *[limit.rung(most, "previews are drawn") for most in (2, 1)],

@@ -17,6 +17,7 @@ import torch
 
 from lorasmith.engine.config import DatasetSettings
 from lorasmith.engine.dataset.buckets import Sample
+from lorasmith.engine.dataset.cache_size import prompts_at_once
 from lorasmith.engine.dataset.decode_ahead import Decoded, decoded_batches, mask_source
 from lorasmith.engine.dataset.images import DECODE_VERSION
 from lorasmith.engine.dataset.tensor_cache import TensorCache, key_digest, own_copy
@@ -27,7 +28,6 @@ from lorasmith.engine.out_of_memory import FREE_CACHE, Limit, Rung, Rungs
 TEXT_VERSION = "1"
 """Part of every prompt's key: to be raised whenever the same prompt is encoded in another way than before."""
 _MAX_BATCH = 16
-_PROMPT_BATCH = 16
 
 Progress = Callable[[int, int], None]
 ShouldStop = Callable[[], bool]
@@ -205,7 +205,7 @@ def cache_prompts(
     `fingerprint` is that of the text encoders' and tokenizers' files. Raises HardwareError where memory does not
     suffice for one prompt.
     """
-    rungs, limit = rungs or Rungs(), Limit(_PROMPT_BATCH)
+    rungs, limit = rungs or Rungs(), Limit(prompts_at_once(family.spec.token_limit))
     ladder = [
         FREE_CACHE,
         limit.rung(4, "captions are encoded"),

@@ -12,6 +12,13 @@ ENTRY_BYTES = 200
 """What one file takes beside its numbers: the safetensors header with names, shapes, key and checksum."""
 MAX_PROMPT_BYTES = 2 << 30
 """Prompts are kept in memory while training; where all of them would take more, they are encoded as they come."""
+ENCODED_PIXELS = 1 << 20
+"""Pixels of pictures that are encoded or drawn at once: as many as keep a card busy, and memory grows with them."""
+ENCODED_TOKENS = 2048
+"""The same for the tokens of prompts."""
+PREVIEWS_AT_ONCE = 4
+"""The most pictures that are drawn at once, however small."""
+_MOST_AT_ONCE = 16
 
 
 def forecast_cache(
@@ -50,3 +57,13 @@ def max_prompts(prompt_numbers: int, number_bytes: int) -> int:
 def numbers_of_prompt(spec: FamilySpec, identity: BaseIdentity | None) -> int:
     """Return how many numbers one prompt's embeddings have in this base model."""
     return int((identity.details.get("prompt_numbers") if identity else 0) or spec.prompt_numbers)
+
+
+def pictures_at_once(pixels: float) -> int:
+    """Return how many pictures of `pixels` each are encoded or drawn at once, at most."""
+    return max(1, min(_MOST_AT_ONCE, int(ENCODED_PIXELS / pixels)))
+
+
+def prompts_at_once(token_limit: int) -> int:
+    """Return how many prompts of up to `token_limit` tokens are encoded at once, at most."""
+    return max(1, min(_MOST_AT_ONCE, ENCODED_TOKENS // token_limit))

@@ -14,12 +14,11 @@ from PIL import Image, ImageOps
 
 from lorasmith.engine.config import DatasetSettings
 from lorasmith.engine.dataset.buckets import Sample, fit_mask, fit_picture
+from lorasmith.engine.dataset.cache_size import pictures_at_once
 from lorasmith.engine.dataset.images import Picture, read_mask, read_picture
 from lorasmith.engine.errors import DatasetError
 from lorasmith.engine.out_of_memory import is_out_of_memory
 from lorasmith.engine.storage import sha256_file
-
-_BATCH_PIXELS = 4 * 512 * 512
 
 
 @dataclass
@@ -53,7 +52,7 @@ def decoded_batches(
 def _batches(jobs: Sequence[Sample], most: int) -> Iterator[list[Sample]]:
     batch: list[Sample] = []
     for sample in jobs:
-        size = max(1, min(most, _BATCH_PIXELS // (sample.bucket.width * sample.bucket.height)))
+        size = min(most, pictures_at_once(sample.bucket.width * sample.bucket.height))
         if batch and (batch[0].bucket != sample.bucket or len(batch) >= size):
             yield batch
             batch = []

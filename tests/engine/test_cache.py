@@ -15,7 +15,7 @@ from PIL import Image
 
 from lorasmith.engine.config import DatasetSettings
 from lorasmith.engine.dataset import cache as cache_module
-from lorasmith.engine.dataset import decode_ahead
+from lorasmith.engine.dataset import cache_size, decode_ahead
 from lorasmith.engine.dataset.buckets import Sample, plan_buckets
 from lorasmith.engine.dataset.cache import (
     EncodedPictures,
@@ -134,7 +134,7 @@ def test_a_second_run_encodes_nothing_and_gives_the_same(folder: Path, tmp_path:
 def test_batches_hold_one_bucket_and_stay_small_for_large_pictures(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode_ahead, "_BATCH_PIXELS", 2 * 64 * 64)
+    monkeypatch.setattr(cache_size, "ENCODED_PIXELS", 2 * 64 * 64)
     fake = FakeFamily()
     encode(options(folder), fake, LatentCache(tmp_path))
     assert sorted(fake.batches) == [(1, 3, 64, 64), (2, 3, 32, 128), (2, 3, 64, 64), (2, 3, 64, 64)]
@@ -303,7 +303,7 @@ def test_progress_counts_hits_and_encodings_up_to_the_total(folder: Path, tmp_pa
 
 
 def test_stopping_keeps_what_is_done(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_ahead, "_BATCH_PIXELS", 64 * 64)
+    monkeypatch.setattr(cache_size, "ENCODED_PIXELS", 64 * 64)
     settings, store, fake = options(folder), LatentCache(tmp_path / "cache"), FakeFamily()
     samples = samples_of(settings)
     part = cache_latents(
@@ -454,7 +454,7 @@ def test_encoding_prompts_can_be_stopped(tmp_path: Path) -> None:
 def test_pictures_are_decoded_while_others_are_encoded(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode_ahead, "_BATCH_PIXELS", 64 * 64)
+    monkeypatch.setattr(cache_size, "ENCODED_PIXELS", 64 * 64)
     decode, decoded = decode_ahead._decode, threading.Semaphore(0)
 
     def count(sample: Sample, settings: DatasetSettings) -> Any:
