@@ -10,6 +10,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from lorasmith.engine.cli.output import columns, say, say_json
+from lorasmith.engine.cli.plan_all import require_run_file, show_all, show_fit
 from lorasmith.engine.cli.train import Sets
 from lorasmith.engine.run_file import load_run_file, parse_assignments, resolve_config, setting_fields
 
@@ -26,15 +27,29 @@ def plan(
     run_file: Annotated[Path | None, typer.Argument(metavar="[RUN.toml]", help="The settings of the run.")] = None,
     sets: Sets = None,
     as_json: AsJson = False,
+    tiers: Annotated[
+        bool, typer.Option("--all", help="Show what fits of each base model on each size of card.")
+    ] = False,
+    family: Annotated[str, typer.Option(metavar="NAME", help="With --all: this family alone.")] = "",
+    vram: Annotated[int | None, typer.Option(min=1, metavar="GB", help="With --all: this size of card alone.")] = None,
+    goal: Annotated[str, typer.Option(metavar="GOAL", help="With --all: what is learnt.")] = "",
+    fit: Annotated[bool, typer.Option("--fit", help="Find the memory settings that are fastest here.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="With --fit: put them into RUN.toml.")] = False,
 ) -> None:
     """Show what a run will do and need before it starts; without a file, every setting with its default and meaning."""
-    if run_file is None and not sets:
+    if tiers:
+        show_all(family, vram, goal, as_json=as_json)
+        return
+    if run_file is None and not sets and not fit:
         _show_settings(as_json)
         return
     from lorasmith.engine.plan import build_plan
 
     layers = ([load_run_file(run_file)] if run_file else []) + [parse_assignments(sets or [])]
     resolved = resolve_config(layers)
+    if fit:
+        show_fit(resolved, require_run_file(run_file), as_json=as_json, write=write)
+        return
     files, identity = local_base(resolved.config.base)
     dataset = _dataset(resolved.config.dataset)
     forecast = build_plan(resolved, identity, dataset, files)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from lorasmith.engine.advisor import read_preset
+from lorasmith.engine.errors import ConfigError
 from lorasmith.engine.step_time import CardSpeed
 
 if TYPE_CHECKING:
@@ -227,5 +229,9 @@ def _lower_resolutions(subject: Subject, start: Levers) -> tuple[int, ...]:
 
 
 def lowest_resolution(subject: Subject) -> int:
-    """Return the side in pixels below which a family's pictures fall apart: three quarters of what it was made for."""
-    return subject.spec.default_resolution * 3 // 4
+    """Return the side in pixels below which the family's preset warns; without one half of what it was made for."""
+    try:
+        advice = read_preset(subject.spec.name).get("advice", {})
+    except ConfigError:
+        advice = {}
+    return int(advice.get("resolution_floor", {}).get("value", subject.spec.default_resolution // 2))

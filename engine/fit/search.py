@@ -252,19 +252,13 @@ def _multiplying(problem: Problem, limits: Limits, found: Candidate) -> Candidat
 
 def _relaxed(problem: Problem, limits: Limits, found: Candidate) -> Candidate:
     """Return the plan without the levers that cost no time while training and are not needed, the dearest first."""
-    choices = problem.choices
-    tries = (
-        ("quantize_text", choices.quantize_text),
-        ("tiles", choices.tiles),
-        ("apart", choices.apart),
+    choices, levers = problem.choices, found.levers
+    plans = (
+        replace(levers, quantize_text=text, tiles=tiles, apart=apart)
+        for text, tiles, apart in itertools.product(choices.quantize_text, choices.tiles, choices.apart)
     )
-    for name, values in tries:
-        for value in values:
-            plan = replace(found.levers, **{name: value})
-            if not limits.lacking(problem.forecast(plan)):
-                found = problem.candidate(plan)
-                break
-    return found
+    fitting = (plan for plan in plans if not limits.lacking(problem.forecast(plan)))
+    return problem.candidate(next(fitting, levers))
 
 
 def worth(levers: Levers, start: Levers) -> float:

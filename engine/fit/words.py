@@ -22,7 +22,8 @@ _NOTHING_GIB = 0.05
 class Switch:
     """One lever of a plan: what the plan would take more without it, and how much faster it would be.
 
-    `saves_gib` is the difference in the stage where it is largest; `slower` 0.09 means 9 % more time.
+    `saves_gib` is the difference in a step, or where that is none in the stage where it is largest; `slower` 0.09 means
+    9 % more time.
     """
 
     key: str
@@ -43,20 +44,25 @@ def switches_of(problem: Problem, found: Candidate) -> tuple[Switch, ...]:
     for key, without, label in _pulled(found.levers, problem.choices.start, problem.subject.model.num_blocks):
         other = problem.forecast(without)
         seconds = problem.seconds(without)
-        before = {stage.stage: stage.total for stage in other.stages}
-        saved = max(before[stage.stage] - stage.total for stage in found.forecast.stages)
+        saved = _saving(found.forecast, other)
         slower = found.seconds / seconds - 1
         value = found.levers.key_values()[key]
         switches.append(Switch(key, value, saved, slower, f"{label}: {_saved(saved)}, {_slower(slower)}"))
     return tuple(sorted(switches, key=lambda switch: -switch.saves_gib))
 
 
+def _saving(plan: Forecast, without: Forecast) -> float:
+    before = {stage.stage: stage.total for stage in without.stages}
+    saved = {stage.stage: before.get(stage.stage, 0.0) - stage.total for stage in plan.stages}
+    return saved["step"] if saved["step"] > _NOTHING_GIB else max(saved.values())
+
+
 def _pulled(plan: Levers, start: Levers, blocks: int) -> Iterator[tuple[str, Levers, str]]:
     """Yield each lever that is pulled: its key, the plan without it, and its name."""
     if plan.checkpointed:
-        share = "" if plan.checkpointed == 1 else f" of {plan.checkpointed:.0%} of the blocks"
+        part = "" if plan.checkpointed == 1 else f" of {plan.checkpointed:.0%} of the blocks"
         without = replace(plan, checkpointed=0.0, offload=False)
-        yield "train.gradient_checkpointing", without, f"gradient checkpointing{share}"
+        yield "train.gradient_checkpointing", without, f"gradient checkpointing{part}"
     if plan.quantize != "none":
         yield FIELDS["quantize"], replace(plan, quantize="none", matmul=False), f"base model in {plan.quantize}"
     if plan.matmul:
@@ -113,7 +119,7 @@ def nearest_change(problem: Problem, found: Candidate, limits: Limits, margin: f
     needed = found.forecast.peak.total
     ways = []
     card = problem.card
-    if card is not None and card.exact and limits.vram_gib < needed + margin <= card.vram_gib:
+    if card is not None and card.exact and limits.vram_gib < needed + margin <= card.vram_gb:
         ways.append(f"close other programs on the card until {gib(needed + margin)} are free")
     side = _fitting_side(problem, replace(limits, margin_gib=margin))
     if side:

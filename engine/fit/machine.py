@@ -1,0 +1,91 @@
+"""The fit solver's question about a real run on this machine: the run as a subject, and the room that there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorasmith.engine import hardware
+from lorasmith.engine.errors import BaseModelError, HardwareError
+from lorasmith.engine.families import families, identify_base
+from lorasmith.engine.fit import Room
+from lorasmith.engine.memory import ModelMemory, find_memory, model_memories
+from lorasmith.engine.memory.forecast import Subject
+from lorasmith.engine.sources import BaseFiles, is_hub_id, locate_configured, on_hub
+from lorasmith.engine.step_time import card_speed
+
+if TYPE_CHECKING:
+    from lorasmith.engine.config import RunConfig
+    from lorasmith.engine.families import FamilySpec
+    from lorasmith.engine.nvml import Gpu
+
+GIB = 1 << 30
+
+
+def subject_of(config: RunConfig, number_of_pictures: int = 20) -> Subject:
+    """Return a run as what is forecast; its base model is recognized by its files, or else by its name on the Hub.
+
+    Raises BaseModelError where it is not known, or its memory was not derived.
+    """
+    spec, model = _base(config)
+    return Subject(config, spec, model, config.dataset.resolution**2 / 1e6, number_of_pictures=number_of_pictures)
+
+
+def room_here(config: RunConfig, family: str) -> Room:
+    """Return what is free here for a run of `family`; raises HardwareError without an NVIDIA card."""
+    output = Path(config.run.output_folder).expanduser()
+    here = hardware.snapshot([output])
+    gpu = _gpu(here.gpus, config.train.device)
+    if gpu is None or gpu.free_gib is None:
+        raise HardwareError(
+            "There is no card whose memory can be read.",
+            why=here.note or "train.device is cpu.",
+            fix="`lorasmith plan --all` tells what fits on which card.",
+        )
+    memory, seconds = _calibration(gpu, family)
+    disk = here.disks[0].free_gib if here.disks and here.disks[0].free_gib is not None else 0.0
+    card = card_speed(gpu.name, gpu.compute_capability)
+    return Room(gpu.free_gib, here.memory.available_gib, disk, card, memory, seconds)
+
+
+def _gpu(gpus: tuple[Gpu, ...], device: str) -> Gpu | None:
+    if device == "cpu" or not gpus:
+        return None
+    named = [gpu for gpu in gpus if gpu.uuid.lower() == device.lower()]
+    return named[0] if named else max(gpus, key=lambda gpu: gpu.free_gib or 0.0)
+
+
+def _base(config: RunConfig) -> tuple[FamilySpec, ModelMemory]:
+    settings, name = config.base, config.base.model.strip()
+    files = None
+    if is_hub_id(name):
+        from lorasmith.engine.hub import cached_folder
+
+        folder = cached_folder(name, settings.revision)
+        files = None if folder is None else BaseFiles("folder", folder, name)
+    elif name and not any(on_hub(part) for part in (name, settings.vae, *settings.text_encoders)):
+        files = locate_configured(settings)
+    if files is not None:
+        module, identity = identify_base(files, settings.family)
+        found = find_memory(identity.family, identity.parameters)
+        if found is not None:
+            return module.SPEC, found
+        raise _unknown(identity.label)
+    for module in families().values():
+        for model in model_memories(module.SPEC.name):
+            if model.hub == name or (name in module.SPEC.hub_ids and len(model_memories(module.SPEC.name)) == 1):
+                return module.SPEC, model
+    raise _unknown(name or "no base model")
+
+
+def _unknown(name: str) -> BaseModelError:
+    return BaseModelError(
+        f"The memory of {name} is not known.",
+        why="Its size is none of those that were derived, or it is not on this machine yet.",
+        fix="Fetch the base model first, or try `lorasmith plan --all` for the usual ones.",
+    )
+
+
+def _calibration(gpu: Gpu, family: str) -> tuple[float, float]:
+    """Return measured over forecast memory and seconds on this card; 1 where nothing was measured."""
+    return 1.0, 1.0
