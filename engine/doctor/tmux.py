@@ -55,7 +55,7 @@ def _wishes(version: str, settings: dict[str, str], features: str) -> list[tuple
         found.append(("set -g default-terminal tmux-256color", "New windows show few colors."))
     # Empty also where nobody is attached, who could not see colors either.
     if features and "RGB" not in features.split(","):
-        found.append(("set -as terminal-features ,*:RGB", "Colors are approximated by 256 of them."))
+        found.append(("set -as terminal-features ',*:RGB'", "Colors are approximated by 256 of them."))
     if settings["set-clipboard"] == "off":
         found.append(("set -s set-clipboard external", "What is copied stays in tmux."))
     return found
