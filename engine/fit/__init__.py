@@ -65,6 +65,14 @@ def margin_gib(free_gib: float) -> float:
     return max(MARGIN_SHARE * free_gib, MARGIN_GIB)
 
 
+def judge(found: Forecast, room: Room) -> Verdict:
+    """Return whether a run as forecast fits into `room`: with its margin, without it, or not at all."""
+    full = Limits(room.vram_gib, room.ram_gib, room.disk_gib)
+    if not replace(full, margin_gib=margin_gib(room.vram_gib)).lacking(found):
+        return "fits"
+    return "no" if full.lacking(found) else "tight"
+
+
 def solve(subject: Subject, room: Room, fixed: frozenset[str] = frozenset()) -> Fit:
     """Return the fastest plan that fits into `room` in every stage; `fixed` keys keep their values.
 

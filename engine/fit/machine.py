@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine import hardware
 from lorasmith.engine.errors import BaseModelError, HardwareError
@@ -17,6 +17,7 @@ from lorasmith.engine.step_time import card_speed
 if TYPE_CHECKING:
     from lorasmith.engine.config import RunConfig
     from lorasmith.engine.families import FamilySpec
+    from lorasmith.engine.hardware import HardwareSnapshot
     from lorasmith.engine.nvml import Gpu
 
 GIB = 1 << 30
@@ -35,20 +36,31 @@ def room_here(config: RunConfig, family: str) -> Room:
     """Return what is free here for a run of `family`; raises HardwareError without an NVIDIA card."""
     output = Path(config.run.output_folder).expanduser()
     here = hardware.snapshot([output])
-    gpu = _gpu(here.gpus, config.train.device)
-    if gpu is None or gpu.free_gib is None:
+    gpu = gpu_of(here.gpus, config.train.device)
+    room = None if gpu is None else room_of(here, gpu, family)
+    if room is None:
         raise HardwareError(
             "There is no card whose memory can be read.",
             why=here.note or "train.device is cpu.",
             fix="`lorasmith plan --all` tells what fits on which card.",
         )
+    return room
+
+
+def room_of(
+    here: HardwareSnapshot, gpu: Gpu, family: str, unusable: frozenset[tuple[str, Any]] = frozenset()
+) -> Room | None:
+    """Return what is free on a machine for a run of `family` on `gpu`, its first disk's space; None: not readable."""
+    if gpu.free_gib is None:
+        return None
     memory, seconds = _calibration(gpu, family)
     disk = here.disks[0].free_gib if here.disks and here.disks[0].free_gib is not None else 0.0
     card = card_speed(gpu.name, gpu.compute_capability)
-    return Room(gpu.free_gib, here.memory.available_gib, disk, card, memory, seconds)
+    return Room(gpu.free_gib, here.memory.available_gib, disk, card, memory, seconds, unusable)
 
 
-def _gpu(gpus: tuple[Gpu, ...], device: str) -> Gpu | None:
+def gpu_of(gpus: tuple[Gpu, ...], device: str) -> Gpu | None:
+    """Return the GPU that `train.device` means: by its UUID, else the one with most free memory; None for the CPU."""
     if device == "cpu" or not gpus:
         return None
     named = [gpu for gpu in gpus if gpu.uuid.lower() == device.lower()]

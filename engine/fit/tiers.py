@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine.advisor import as_layers, goals, recommend
@@ -58,6 +58,9 @@ class TierPlan:
     fit: Fit | None
     resolution: int
     reason: str
+    hub: str = ""
+    steps: int = 0
+    parameters: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON-ready values, sizes in GiB and times in seconds a step."""
@@ -88,15 +91,27 @@ def tier_plans(family: str = "", tiers: Sequence[Tier] = TIERS, goal: str = "") 
 
     Raises ConfigError for a family or goal that there is not.
     """
+    return [
+        _plan(spec, model, tier, room_of(tier), wanted)
+        for spec, model, wanted in _models(family, goal)
+        for tier in tiers
+    ]
+
+
+def plans_for(room: Room, vram_gb: int) -> list[TierPlan]:
+    """Return the plan of every derived size of every family in `room`, on a card of `vram_gb`; smallest first."""
+    plans = [_plan(spec, model, tier_of(vram_gb), room, goal) for spec, model, goal in _models("", "")]
+    return sorted(plans, key=lambda plan: plan.parameters)
+
+
+def _models(family: str, goal: str) -> Iterator[tuple[FamilySpec, ModelMemory, str]]:
     known = families()
     if family and family not in known:
         raise ConfigError(f"Unknown family {family}.", fix=f"Known families: {', '.join(sorted(known))}.")
-    plans = []
     for name in [family] if family else known:
         wanted = goal or goals(name)[0]
         for model in model_memories(name):
-            plans += [_plan(known[name].SPEC, model, tier, wanted) for tier in tiers]
-    return plans
+            yield known[name].SPEC, model, wanted
 
 
 def tier_of(vram_gb: int) -> Tier:
@@ -110,17 +125,20 @@ def room_of(tier: Tier) -> Room:
     return Room(tier.vram_gb - _TAKEN_GIB, tier.ram_gb - _SYSTEM_GIB, _DISK_GIB, card_speed(tier.card))
 
 
-def _plan(spec: FamilySpec, model: ModelMemory, tier: Tier, goal: str) -> TierPlan:
+def _plan(spec: FamilySpec, model: ModelMemory, tier: Tier, room: Room, goal: str) -> TierPlan:
     from lorasmith.engine.memory.forecast import Subject
 
     advice = recommend(spec.name, goal, _PICTURES, spec.default_resolution, float(tier.vram_gb))
     config = resolve_config(as_layers(advice)).config
     resolution = config.dataset.resolution
     subject = Subject(config, spec, model, resolution**2 / 1e6, number_of_pictures=_PICTURES)
+    found = TierPlan(
+        spec.name, model.label, tier, goal, None, resolution, "", model.hub, config.train.steps, model.parameters
+    )
     try:
-        fit = solve(subject, room_of(tier))
+        fit = solve(subject, room)
     except ConfigError as error:
-        return TierPlan(spec.name, model.label, tier, goal, None, resolution, error.why or error.what)
+        return replace(found, reason=error.why or error.what)
     resolution = fit.settings.get("dataset.resolution", resolution)
     reason = fit.reason if fit.verdict != "no" or not fit.nearest else f"{fit.reason}: {fit.nearest}"
-    return TierPlan(spec.name, model.label, tier, goal, fit, resolution, reason)
+    return replace(found, fit=fit, resolution=resolution, reason=reason)
