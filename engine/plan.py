@@ -22,6 +22,7 @@ from lorasmith.engine.dataset.cache_size import forecast_cache, max_prompts, num
 from lorasmith.engine.dataset.epochs import Epochs
 from lorasmith.engine.disk_plan import plan_disk
 from lorasmith.engine.families import families
+from lorasmith.engine.foot_guns import tell_foot_guns
 from lorasmith.engine.holdout import split
 
 if TYPE_CHECKING:
@@ -199,7 +200,9 @@ def build_plan(
     if spec is not None and files is not None:
         unsuited += memory.unfound_patterns(config.adapter, spec, files)
     layouts = compatibility_problems(config, spec, identity) if spec is not None else []
-    return dataclasses.replace(plan, warnings=(*unsuited, *layouts, *_warnings(config, plan)))
+    guns = tell_foot_guns(config, spec, identity, dataset) if spec is not None else []
+    said = _warnings(config, plan, known_views="steps-many" in {gun.key for gun in guns})
+    return dataclasses.replace(plan, warnings=(*unsuited, *layouts, *said, *(gun.words for gun in guns)))
 
 
 def _adapter_sizes(
@@ -278,7 +281,7 @@ def _num_previews(config: RunConfig) -> int:
     return (config.train.steps // previews.every) * prompts * len(set(previews.seeds))
 
 
-def _warnings(config: RunConfig, plan: Plan) -> list[str]:
+def _warnings(config: RunConfig, plan: Plan, *, known_views: bool) -> list[str]:
     found = []
     if plan.disk_needed_bytes is not None and plan.disk_needed_bytes > plan.disk_free_bytes:
         found.append("The disk has less free space than the run can need; free some or lower checkpoints.keep.")
@@ -286,7 +289,7 @@ def _warnings(config: RunConfig, plan: Plan) -> list[str]:
         found.append("The disk of the cache is too small for it: every start encodes all pictures and captions again.")
     if plan.epochs is not None and 0 < plan.epochs < 1:
         found.append(f"{plan.steps} steps are less than one epoch: not every picture is seen.")
-    if plan.views_per_picture is not None and plan.views_per_picture > _MANY_VIEWS:
+    if not known_views and plan.views_per_picture is not None and plan.views_per_picture > _MANY_VIEWS:
         found.append(f"Each picture is seen about {plan.views_per_picture:.0f} times: expect the LoRA to overfit.")
     if plan.enlarged:
         were = "picture is" if plan.enlarged == 1 else "pictures are"

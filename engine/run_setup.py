@@ -33,6 +33,7 @@ from lorasmith.engine.event_words import some_names
 from lorasmith.engine.events import DatasetReady, Event, Logged, RunStarted, StageChanged
 from lorasmith.engine.export import require_exportable
 from lorasmith.engine.families import BaseIdentity, Conditioning, Family, FamilyModule, Placement, identify_base
+from lorasmith.engine.foot_guns import tell_foot_guns
 from lorasmith.engine.holdout import HeldOut, plan_held_out, require_pictures, split
 from lorasmith.engine.learner import Learner, build_learner
 from lorasmith.engine.lora_files import start_adapter
@@ -222,6 +223,12 @@ def read_dataset(config: RunConfig, pixel_multiple: int, emit: Callable[[Event],
     return Material(
         dataset, plan, prompts, plan_held_out(held_out, config, pixel_multiple, first_index=len(plan.samples))
     )
+
+
+def warn_of_foot_guns(config: RunConfig, base: FoundBase, dataset: Dataset, emit: Callable[[Event], None]) -> None:
+    """Log the settings that are known to spoil a LoRA, each with its fix; the run goes on."""
+    for gun in tell_foot_guns(config, base.module.SPEC, base.identity, dataset):
+        emit(Logged(severity="warning" if gun.severity == "warning" else "info", message=gun.words))
 
 
 def first_caption(dataset: Dataset, settings: CaptionSettings) -> str:

@@ -34,6 +34,7 @@ from lorasmith.engine.run_setup import (
     remove_leftovers,
     require_space,
     tell_disk_plan,
+    warn_of_foot_guns,
 )
 from lorasmith.engine.saving import Saver
 from lorasmith.engine.step_meter import NotFiniteError
@@ -66,6 +67,7 @@ def train(run: RunPaths, config: RunConfig, host: Host) -> None:
         # Everything that is wrong with the base or the pictures is told before minutes of loading.
         base = find_base(config, host.emit)
         material = read_dataset(config, base.module.SPEC.pixel_multiple, host.emit)
+        warn_of_foot_guns(config, base, material.dataset, host.emit)
         family = load_base(base, compute, host.emit, rungs, config.memory)
         adapter, training_adapter = adapt(config, base, family, checkpoint, host.emit)
         disk = require_space(config, run, adapter.num_parameters(), controls.step)

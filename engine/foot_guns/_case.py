@@ -63,7 +63,7 @@ class Circumstances:
 
 @dataclass(frozen=True)
 class Case:
-    """A run as the rows see it; what the preset says is empty for a tiny base and for a family without a preset."""
+    """A run as the rows see it; what the preset says is empty for a tiny base and for a family without bounds."""
 
     config: RunConfig
     spec: FamilySpec
@@ -74,13 +74,14 @@ class Case:
 
     @cached_property
     def preset(self) -> Mapping[str, Any]:
-        """The family's preset."""
+        """The family's preset, where it has bounds."""
         if self.identity is not None and self.identity.parameters < REAL_SHARE * self.spec.denoiser_parameters:
             return {}
         try:
-            return read_preset(self.spec.name)
+            preset = read_preset(self.spec.name)
         except ConfigError:
             return {}
+        return preset if "advice" in preset else {}
 
     @property
     def advice(self) -> Mapping[str, Any]:
