@@ -47,7 +47,11 @@ def fused_kernels(kernels: Kernels = "card") -> Iterator[None]:
 
 
 class FullMasks(TorchDispatchMode):
-    """Answers how many tokens of a mask on the meta device count: all of them."""
+    """Answers what a model asks of a mask (B, tokens) on the meta device, which has no values.
+
+    All of its tokens count; but where it asks whether something holds, as whether a mask may be left out, nothing does:
+    masks of prompts that differ in length are needed, and take the most memory.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,17 +64,20 @@ class FullMasks(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run the operation; the sum of a mask on the meta device has a value."""
+        """Run the operation, or answer for it."""
         named = kwargs or {}
+        if func is _ITEM and args[0].is_meta and args[0].dtype is torch.bool:
+            return False
         if func is _COPY and args[0] in self._lengths and named.get("device") == torch.device("cpu"):
             return torch.full(args[0].shape, self._lengths[args[0]])
         result = func(*args, **named)
-        if func is _SUM and args[0].is_meta and args[0].dtype is torch.bool and args[0].dim() == 2:
+        if func is _SUM and args[0].is_meta and args[0].dim() == 2 and not args[0].is_floating_point():
             self._lengths[result] = args[0].shape[1]
         return result
 
 
-_COPY, _SUM = torch.ops.aten._to_copy.default, torch.ops.aten.sum.dim_IntList
+_COPY, _ITEM = torch.ops.aten._to_copy.default, torch.ops.aten._local_scalar_dense.default
+_SUM = torch.ops.aten.sum.dim_IntList
 
 
 def _attend_on_card(
