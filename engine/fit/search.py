@@ -68,6 +68,7 @@ class Problem:
     ask: Callable[[Subject], Forecast]
     _known: dict[Levers, Forecast] = field(default_factory=dict)
     _parts: dict[Levers, StepParts] = field(default_factory=dict)
+    _swapped: dict[tuple[str, bool, bool, int], int] = field(default_factory=dict)
 
     def starting_from(self, choices: Choices) -> Problem:
         """Return the same run with other choices; nothing is known of its plans yet."""
@@ -97,6 +98,18 @@ class Problem:
         seconds = self.seconds(levers)
         return Candidate(levers, self.forecast(levers), seconds, seconds * worth(levers, self.choices.start))
 
+    def most_swapped(self, levers: Levers, limits: Limits) -> int:
+        """Return for how many swapped blocks there is main memory, all else as in `levers`; -1: for none at all."""
+        key = (levers.quantize, levers.apart, levers.offload, levers.batch)
+        if key not in self._swapped:
+            low, high = -1, len(self.choices.swapped) - 1
+            while low < high:
+                middle = (low + high + 1) // 2
+                plan = replace(levers, checkpointed=self.choices.checkpointed[-1], swapped=self.choices.swapped[middle])
+                low, high = (middle, high) if self.forecast(plan).ram_gib <= limits.ram_gib else (low, middle - 1)
+            self._swapped[key] = self.choices.swapped[low] if low >= 0 else -1
+        return self._swapped[key]
+
     def contradicts(self, levers: Levers) -> bool:
         """Tell whether the plan breaks a rule that the settings as they are do not break."""
         before = contradictions(self.subject.config)
@@ -107,6 +120,8 @@ def fastest(problem: Problem, limits: Limits) -> Candidate | None:
     """Return the plan of the least cost that fits, with no lever pulled that is not needed; None where none fits."""
     choices = problem.choices
     found = None
+    if limits.lacking(smallest(problem).forecast) == "vram":
+        return None
     for apart in reversed(choices.apart):
         base = replace(
             choices.start, apart=apart, tiles=choices.tiles[-1], quantize_text=choices.quantize_text[-1], matmul=False
@@ -186,7 +201,8 @@ def _staircase(problem: Problem, limits: Limits, levers: Levers, best: Candidate
 
     pairs = _pairs(problem, levers, math.inf if best is None else best.cost)
     if any(lacking(pair) == "ram" for pair in _saving_most(pairs)):
-        pairs = _in_ram(pairs, lacking)
+        most = problem.most_swapped(levers, limits)
+        pairs = [pair for pair in pairs if pair.swapped <= most]
     if not any_fits(pairs):
         return None
     low, high = 0, len(pairs) - 1
@@ -220,15 +236,6 @@ def _pairs(problem: Problem, levers: Levers, below: float) -> list[_Pair]:
             if cost < below:
                 found.append(_Pair(round(cost / unit), swapped, share))
     return sorted(found)
-
-
-def _in_ram(pairs: Sequence[_Pair], lacking: Callable[[_Pair], str]) -> list[_Pair]:
-    """Return the pairs without those that swap more blocks than there is main memory for."""
-    for swapped in sorted({pair.swapped for pair in pairs}, reverse=True):
-        kept = [pair for pair in pairs if pair.swapped <= swapped]
-        if lacking(max(kept, key=lambda pair: (pair.swapped, pair.share))) != "ram":
-            return kept
-    return []
 
 
 def _saving_most(pairs: Sequence[_Pair]) -> list[_Pair]:
