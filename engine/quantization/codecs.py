@@ -18,8 +18,10 @@ from torch import Tensor
 from lorasmith.engine.errors import HardwareError
 from lorasmith.engine.quantization import BLOCK, SCALE_BLOCK
 
-_PIECE = 1 << 24
-"""Weights that are packed at once: what packing needs beside the weight stays under 200 MiB."""
+_PIECE = 1 << 20
+"""Weights that are packed at once, so that what packing needs beside the weight is small: 4 bytes for each."""
+_CPU_PIECE = 1 << 18
+"""The same for nf4 on the processor, where bitsandbytes takes 64 bytes for each; on a card it takes none."""
 _INT8, _FP8 = 127.0, 448.0
 """The largest numbers of the formats."""
 
@@ -72,7 +74,8 @@ class NormalFloat:
         """Return what bitsandbytes' quantize_4bit(compress_statistics=True) returns, packed piece by piece."""
         functional = bitsandbytes()
         values, scales = [], []
-        for piece in torch.split(weight.detach().contiguous().view(-1), _PIECE):
+        at_once = _CPU_PIECE if weight.device.type == "cpu" else weight.numel()
+        for piece in torch.split(weight.detach().contiguous().view(-1), at_once):
             packed, largest = torch.ops.bitsandbytes.quantize_4bit(piece, BLOCK, "nf4", torch.uint8)
             values.append(packed.view(-1))
             scales.append(largest.float().view(-1))
