@@ -7,8 +7,11 @@ A row is a function in `_rates`, `_amounts` or `_choices` that looks at a `Case`
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ValidationError
 
 from lorasmith.engine.config import RunConfig
 from lorasmith.engine.dataset.check_wording import is_long_prose, is_tags
@@ -53,17 +56,17 @@ def loose_config(values: Mapping[str, Any]) -> RunConfig:
     A form can so offer the fix of settings that `RunConfig` refuses. Values that are wrong by themselves are left at
     their defaults.
     """
-    from lorasmith.engine.run_file import check_setting
-
-    sections: dict[str, dict[str, Any]] = {}
+    usual = RunConfig()
+    sections: dict[str, BaseModel] = {}
     for key, value in values.items():
         section, _, name = key.partition(".")
-        if name and not check_setting(key, value):
-            sections.setdefault(section, {})[name] = value
-    usual = RunConfig()
-    return usual.model_copy(
-        update={name: getattr(usual, name).model_copy(update=changes) for name, changes in sections.items()}
-    )
+        model = sections.get(section) or getattr(usual, section, None)
+        if not isinstance(model, BaseModel) or name not in type(model).model_fields:
+            continue
+        sections.setdefault(section, model.model_copy())
+        with contextlib.suppress(ValidationError):
+            type(model).__pydantic_validator__.validate_assignment(sections[section], name, value)
+    return usual.model_copy(update=sections)
 
 
 def circumstances_of(dataset: Dataset, goal: str = "") -> Circumstances:

@@ -148,9 +148,16 @@ class Case:
         return [recommended_steps(self.spec.name, goal, pictures, self.pictures_per_step) for goal in chosen]
 
     def rate_words(self) -> str:
-        """Say the learning rate, and what it is in effect where the scale is not 1."""
+        """Begin a sentence with the learning rate, and with what it acts like where the scale is not 1."""
         rate = f"A learning rate of {self.config.optimizer.learning_rate:g}"
-        return rate if math.isclose(self.scale, 1) else f"{rate} at a scale of {self.scale:.3g} is {self.rate:.2g}, it"
+        if math.isclose(self.scale, 1):
+            return f"{rate} is"
+        return f"{rate} at a scale of {self.scale:.3g} acts like one of {self.rate:.2g}, which is"
+
+    @property
+    def with_optimizer(self) -> str:
+        """Name the optimizer where it takes larger steps than others at the same rate."""
+        return f" with {self.config.optimizer.name}" if self._caution != 1 else ""
 
 
 def rounded(value: float) -> float:

@@ -20,7 +20,7 @@ def _rate_high(case: Case) -> FootGun | None:
         return None
     highest = case.band[1]
     fix = {"optimizer.learning_rate": rounded(highest / case.scale)}
-    what = f"{case.rate_words()} is above the {highest:.2g} that {case.base} bears"
+    what = f"{case.rate_words()} above the {highest:.2g} that {case.base} bears{case.with_optimizer}"
     if case.spec.objective == "flow" and case.rate >= OLDER_MODELS * ROUNDING:
         key, why = "rate-of-older-models", "such rates are for older models, and flow models overdo everything at them."
     else:
@@ -35,9 +35,7 @@ def _rate_low(case: Case) -> FootGun | None:
     fix: dict[str, Any] = {} if case.scale >= 1 else at_scale_one(case)
     scale = case.scale if case.scale >= 1 else 1.0
     fix["optimizer.learning_rate"] = rounded(case.usual_rate / scale)
-    message = (
-        f"{case.rate_words()} is below {case.band[0]:.2g}: hardly anything is learnt in the usual number of steps."
-    )
+    message = f"{case.rate_words()} below {case.band[0]:.2g}: hardly anything is learnt in the usual number of steps."
     return FootGun("rate-low", message, fix, _set_words(fix))
 
 
