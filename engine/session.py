@@ -287,6 +287,9 @@ class Session:
             # Before torch looks for GPUs: it takes CUDA_VISIBLE_DEVICES as it is then.
             resolve_device(self.config.train.device)
             # Imported here: torch takes seconds, and a broken torch must end the run in words.
+            from lorasmith.engine.doctor.set_aside import set_aside_broken_packages
+
+            set_aside_broken_packages()
             from lorasmith.engine.trainer import train
 
             train(self.run, self.config, self)

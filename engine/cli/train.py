@@ -53,17 +53,19 @@ def train(
 
 
 def _new_run(run_file: Path | None, sets: list[str]) -> tuple[RunFolder, RunConfig]:
-    from lorasmith.engine.preflight import require_ready
+    from lorasmith.engine.preflight import require_ready, require_usable
     from lorasmith.engine.session import create_run
 
     if run_file is None:
         raise typer.BadParameter("give the settings to train: lorasmith train RUN.toml", param_hint="RUN.toml")
     resolved = resolve_config([load_run_file(run_file), parse_assignments(sets)])
     require_ready(resolved.config)
+    require_usable(resolved.config)
     return create_run(resolved), resolved.config
 
 
 def _old_run(run_file: Path | None, sets: list[str], resume: str) -> tuple[RunFolder, RunConfig]:
+    from lorasmith.engine.preflight import require_usable
     from lorasmith.engine.session import open_run
 
     if resume != NEWEST:
@@ -74,7 +76,9 @@ def _old_run(run_file: Path | None, sets: list[str], resume: str) -> tuple[RunFo
         folder = open_run(_newest_run(run_file, sets))
     stored = load_run_file(folder.run_file)
     layers = [stored, *([load_run_file(run_file)] if run_file else []), parse_assignments(sets)]
-    return folder, resolve_config(layers).config
+    config = resolve_config(layers).config
+    require_usable(config)
+    return folder, config
 
 
 def _newest_run(run_file: Path, sets: list[str]) -> Path:

@@ -32,6 +32,7 @@ from lorasmith.engine.doctor.choices import unusable_choices as unusable_choices
 from lorasmith.engine.doctor.choices import why_unusable as why_unusable
 from lorasmith.engine.doctor.remembered import remember as remember
 from lorasmith.engine.doctor.remembered import remembered_checks as remembered_checks
+from lorasmith.engine.doctor.set_aside import set_aside_broken_packages as set_aside_broken_packages
 from lorasmith.engine.hardware import HardwareSnapshot, snapshot
 from lorasmith.engine.run_log import quiet_libraries
 from lorasmith.engine.storage import cache_folder
@@ -100,7 +101,9 @@ def retry(names: list[str], device: str = "auto") -> list[Check]:
     `device` is what `train.device` is set to.
     """
     checks = list(trials.run_trials(names, device=device))
-    remember(checks)
+    # What is known is known of the card, where there is one.
+    if device != "cpu" or not snapshot().gpus:
+        remember(checks)
     return checks
 
 
@@ -169,6 +172,7 @@ __all__ = [
     "remembered_checks",
     "retry",
     "run_checks",
+    "set_aside_broken_packages",
     "unusable_choices",
     "why_unusable",
 ]

@@ -25,7 +25,7 @@ class Check:
     `meaning` says in a sentence what it means for the user; `fix` is one line to copy or to follow. Both are empty
     where nothing is to be done. `disables` are the choices that cannot be used on this machine because of it, and
     `disables_together` those that cannot be used with each other. What is `optional` stops no training by failing: its
-    choices are taken away. `seconds` is how long the check took.
+    choices are taken away. `crashed` where trying it ended or hung a process. `seconds` is how long the check took.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Check:
     disables: tuple[Choice, ...] = ()
     disables_together: tuple[Combination, ...] = ()
     optional: bool = False
+    crashed: bool = False
     seconds: float = field(default=0.0, compare=False)
 
     @property

@@ -158,7 +158,7 @@ class _Child:
 
     def _gave_up(self, name: str, detail: str, started: float) -> Check:
         self.goes_on = False
-        return Check(name, "fail", plain_text(detail), seconds=time.monotonic() - started)
+        return Check(name, "fail", plain_text(detail), crashed=True, seconds=time.monotonic() - started)
 
     def _how_it_ended(self) -> str:
         code = self._process.wait()

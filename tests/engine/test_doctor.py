@@ -175,7 +175,7 @@ def test_a_crash_in_bitsandbytes_takes_only_its_choices_and_the_next_trials_are_
     fake_package("torch", "works")
     fake_package("bitsandbytes", "crashes")
     broken, nf4, torch = trials.run_trials(["bitsandbytes", "nf4", "torch"])
-    assert (broken.status, broken.blocking, nf4.status) == ("fail", False, "fail")
+    assert (broken.status, broken.blocking, broken.crashed, nf4.status) == ("fail", False, True, "fail")
     assert "crashed (SIGILL)" in broken.detail
     assert "-m pip install --force-reinstall --no-deps 'bitsandbytes" in broken.fix
     assert "adamw and the others work" in broken.meaning
@@ -206,6 +206,37 @@ def test_a_child_that_is_left_early_is_ended(
     running.close()  # type: ignore[attr-defined]
     (child,) = processes
     assert child.poll() is not None
+
+
+SET_ASIDE = """
+import sys
+from lorasmith.engine import doctor
+why = doctor.set_aside_broken_packages()
+assert doctor.set_aside_broken_packages()
+import importlib.util
+assert importlib.util.find_spec("bitsandbytes") is None
+from diffusers.utils import is_bitsandbytes_available
+assert not is_bitsandbytes_available()
+sys.stdout.write(why)
+"""
+
+
+def test_a_broken_bitsandbytes_is_not_there_for_diffusers_which_would_fail_with_it(
+    fake_package: Callable[[str, str], None],
+) -> None:
+    fake_package("bitsandbytes", "raises")
+    said = subprocess.run([sys.executable, "-c", SET_ASIDE], capture_output=True, text=True, check=False)
+    assert (said.returncode, said.stdout) == (0, "ImportError: libcudart.so.13: cannot open"), said.stderr
+
+
+def test_a_bitsandbytes_that_crashed_a_process_is_not_tried_in_this_one(
+    fake_package: Callable[[str, str], None],
+) -> None:
+    fake_package("bitsandbytes", "crashes")
+    doctor.remember([Check("bitsandbytes", "fail", "crashed (SIGILL)", crashed=True)])
+    code = "import sys; from lorasmith.engine import doctor; sys.stdout.write(doctor.set_aside_broken_packages())"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "crashed (SIGILL)" in said
 
 
 # Choices
