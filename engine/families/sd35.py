@@ -67,6 +67,7 @@ SPEC = FamilySpec(
     readers={"diffusers": ("ComfyUI", "diffusers")},
     hub_ids=("stabilityai/stable-diffusion-3.5-medium", "stabilityai/stable-diffusion-3.5-large"),
     denoiser_parameters=2_243_171_520,
+    guides_in_one_batch=True,
     latent_channels=16,
     latent_downscale=8,
     prompt_numbers=(own.CLIP_TOKENS + own.T5_TOKENS) * 4096 + 2048,

@@ -67,6 +67,7 @@ SPEC = FamilySpec(
     readers={"kohya": ("ComfyUI", "A1111", "Forge", "diffusers"), "diffusers": ("diffusers",)},
     hub_ids=("stabilityai/stable-diffusion-xl-base-1.0",),
     denoiser_parameters=2_567_463_684,
+    guides_in_one_batch=True,
     latent_channels=4,
     latent_downscale=8,
     prompt_numbers=TOKENS * 2048 + 1280,
@@ -77,7 +78,6 @@ SPEC = FamilySpec(
     ),
     # Counted on the real architecture with meta tensors: what is kept for the way back, 0.455 MiB a latent; with
     # checkpointing the blocks' inputs and the largest block, 0.028 and 0.010.
-    activation_mib_per_megapixel=(7104.0, 605.0),
     text_parts=_ENCODERS,
     trainable_text_encoders=_ENCODERS,
     draw_steps=30,

@@ -82,6 +82,7 @@ SPEC = FamilySpec(
     },
     hub_ids=("Tongyi-MAI/Z-Image", "Tongyi-MAI/Z-Image-Turbo"),
     denoiser_parameters=6_154_908_736,
+    guides_in_one_batch=True,
     latent_channels=16,
     latent_downscale=8,
     prompt_numbers=own.TOKENS * 2560,

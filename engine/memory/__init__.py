@@ -1,4 +1,8 @@
-"""How much memory a run takes. Torch-free: `sizes` are what headers tell, `constants` what was derived."""
+"""How much memory a run takes. Torch-free.
+
+`sizes` are what headers tell, `constants` what was derived, `forecast` what follows from both for a run's settings, and
+`calibration` what was measured.
+"""
 
 from lorasmith.engine.memory.constants import GIB as GIB
 from lorasmith.engine.memory.constants import MIB as MIB
@@ -13,7 +17,6 @@ from lorasmith.engine.memory.constants import model_memories as model_memories
 from lorasmith.engine.memory.sizes import AdaptedLayers as AdaptedLayers
 from lorasmith.engine.memory.sizes import adapted_layers as adapted_layers
 from lorasmith.engine.memory.sizes import denoiser_tensors as denoiser_tensors
-from lorasmith.engine.memory.sizes import forecast_peak as forecast_peak
 from lorasmith.engine.memory.sizes import num_parameters as num_parameters
 from lorasmith.engine.memory.sizes import unfound_patterns as unfound_patterns
 from lorasmith.engine.memory.sizes import weights_bytes as weights_bytes

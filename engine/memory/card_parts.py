@@ -126,7 +126,8 @@ class CardParts:
         pixels = (previews.side or self.config.dataset.resolution) ** 2
         planned = (len(previews.prompts) or 2) * len(set(previews.seeds))
         pictures = min(planned, PREVIEWS_AT_ONCE, pictures_at_once(pixels))
-        guided = (previews.guidance or self.subject.spec.draw_guidance) > 1.0
+        spec = self.subject.spec
+        guided = spec.guides_in_one_batch and (previews.guidance or spec.draw_guidance) > 1.0
         scale = self.wide / 2
         drawing = scale * self.model.draw.mib(pictures * (1 + guided), pixels / 1e6) * MIB / GIB
         seen = min(pixels / 1e6, self._tile_megapixels) if self.config.memory.tile_pictures else pixels / 1e6

@@ -7,19 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorasmith.engine import adapter_layers, storage
+from lorasmith.engine import adapter_layers
 
 if TYPE_CHECKING:
-    from lorasmith.engine.config import AdapterSettings, RunConfig
+    from lorasmith.engine.config import AdapterSettings
     from lorasmith.engine.families import FamilySpec
     from lorasmith.engine.sources import BaseFiles, TensorInfo
 
-GIB = 1 << 30
 _DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
 _DENOISER_PARTS = ("unet", "transformer")
 _SINGLE_FILE_PREFIX = "model.diffusion_model."
-_CONTEXT_GIB, _SLACK, _SLACK_GIB = 0.5, 1.05, 0.6
-_MLP_FACTOR = 1.35
 
 
 @dataclass(frozen=True)
@@ -97,43 +94,3 @@ def weights_bytes(files: BaseFiles) -> dict[str, int]:
 
 def _total_bytes(tensors: Mapping[str, TensorInfo]) -> int:
     return sum(math.prod(info.shape) * _DTYPE_BYTES.get(info.dtype, 1) for info in tensors.values())
-
-
-def forecast_peak(
-    config: RunConfig,
-    spec: FamilySpec | None,
-    files: BaseFiles | None,
-    parameters: int | None,
-    pixels: int,
-) -> tuple[float | None, str]:
-    """Return the estimated peak of a training step in GiB, or None, and what it rests on.
-
-    `parameters` are the adapter's, `pixels` those of the largest picture.
-    context + 16-bit weights + LoRA (weights, gradients, average, optimizer) + activations per pixel × batch, then
-    5 % + 0.6 GiB: on 11 published points that margin covered 10. The constant holds for one architecture, size
-    and adapter kind.
-    """
-    unknown = "not forecast for these settings; watch the gauge in the first steps, which shows the measured use"
-    if spec is None or files is None:
-        return None, "forecast once the base model is on this machine"
-    weights = sum(math.prod(info.shape) for info in denoiser_tensors(files).values())
-    measured = spec.activation_mib_per_megapixel
-    if measured is None or parameters is None or abs(weights / spec.denoiser_parameters - 1) > 0.03:
-        return None, unknown
-    if (
-        config.adapter.kind != "lora"
-        or config.adapter.convolutions
-        or config.adapter.text_encoder
-        or config.train.precision == "fp32"
-    ):
-        return None, unknown
-    activations = measured[config.train.gradient_checkpointing] / 1024 * pixels / 1e6 * config.train.batch_size
-    if config.adapter.targets == "attention-mlp":
-        activations *= _MLP_FACTOR
-    average = 4 if config.train.ema_decay else 0
-    lora = parameters * (8 + average + storage.OPTIMIZER_BYTES[config.optimizer.name]) / GIB
-    peak = (_CONTEXT_GIB + weights * 2 / GIB + lora + activations) * _SLACK + _SLACK_GIB
-    return round(peak, 1), (
-        "an estimate from published measurements for 16-bit training with encoders released; "
-        "encoding the pictures and drawing previews can take more for a moment"
-    )

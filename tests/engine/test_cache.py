@@ -36,7 +36,7 @@ class FakeFamily:
     """Encodes a picture to its 8×8 block means and a prompt to its letters, and remembers what it was given."""
 
     def __init__(self, name: str = "fake", dtype: torch.dtype = torch.float32) -> None:
-        self.spec = SimpleNamespace(name=name)
+        self.spec = SimpleNamespace(name=name, token_limit=77)
         self.device = torch.device("cpu")
         self.dtype = dtype
         self.batches: list[tuple[int, ...]] = []

@@ -17,9 +17,12 @@ from lorasmith.engine.dataset.buckets import plan_buckets
 from lorasmith.engine.dataset.items import Dataset
 from lorasmith.engine.dataset.scan import scan_dataset
 from lorasmith.engine.families import BaseIdentity, families, identify_base
+from lorasmith.engine.memory import GIB, of_run
+from lorasmith.engine.memory.calibration import Calibration
 from lorasmith.engine.plan import Plan, build_plan
 from lorasmith.engine.run_file import Layer, ResolvedConfig, resolve_config
 from lorasmith.engine.sources import BaseFiles, TensorInfo, locate_base
+from tests.memory_sample import small_unet
 from tests.tiny import tiny_pictures
 
 
@@ -212,7 +215,7 @@ def test_a_single_file_is_planned_as_far_as_its_names_tell(tmp_path: Path, tiny_
     assert build_plan(resolved(tmp_path, adapter={"kind": "locon"}), identity, None, files).adapter_modules is None
 
 
-def test_memory_is_not_forecast_for_a_base_that_nobody_measured(tmp_path: Path, tiny_sd15: Path) -> None:
+def test_memory_is_not_forecast_for_a_base_that_nobody_counted(tmp_path: Path, tiny_sd15: Path) -> None:
     plan = plan_for(tiny_sd15, tmp_path)
     assert plan.memory_gib is None
     assert "not forecast" in plan.memory_note
@@ -232,23 +235,76 @@ class FullSize(BaseFiles):
         return {"unet": ["diffusers", "UNet2DConditionModel"]}
 
 
-def memory(tmp_path: Path, tiny_sd15: Path, **sections: Any) -> float | None:
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the memory of Stable Diffusion 1.5 be known: that of a sample, with its number of weights."""
+    sample = small_unet()
+    denoiser = dataclasses.replace(sample.denoiser, packed=800_000_000, plain=59_520_964)
+    monkeypatch.setattr(of_run, "find_memory", lambda *_: dataclasses.replace(sample, denoiser=denoiser))
+
+
+def full_size(tmp_path: Path, tiny_sd15: Path, **sections: Any) -> Plan:
     _, identity = located(tiny_sd15)
     layers = resolved(tmp_path, **({"dataset": {"resolution": 512}} | sections))
-    return build_plan(layers, identity, None, FullSize("folder", tiny_sd15, "x")).memory_gib
+    return build_plan(layers, identity, None, FullSize("folder", tiny_sd15, "x"))
 
 
-def test_memory_of_stable_diffusion_15_is_estimated_and_called_an_estimate(tmp_path: Path, tiny_sd15: Path) -> None:
-    # 0.5 context + 1.60 weights + 1.0 activations + LoRA, then 5 % and 0.6 GiB.
-    plain = memory(tmp_path, tiny_sd15)
-    assert plain == pytest.approx(3.9, abs=0.15)
-    assert memory(tmp_path, tiny_sd15, train={"gradient_checkpointing": True}) == pytest.approx(plain - 0.79, abs=0.15)
-    assert memory(tmp_path, tiny_sd15, train={"batch_size": 4}) == pytest.approx(plain + 3 * 1.04, abs=0.15)
-    assert memory(tmp_path, tiny_sd15, train={"precision": "fp32"}) is None
-    assert memory(tmp_path, tiny_sd15, adapter={"kind": "locon"}) is None
+@pytest.mark.usefixtures("counted")
+def test_memory_is_forecast_and_told_part_by_part(tmp_path: Path, tiny_sd15: Path) -> None:
+    plan = full_size(tmp_path, tiny_sd15)
+    assert plan.forecast is not None
+    parameters = plan.adapter_parameters
+    assert parameters is not None
+    assert plan.forecast.step.of("weights") == pytest.approx(859_520_964 * 2 / GIB)
+    assert plan.forecast.step.of("adapter") == pytest.approx(parameters * 4 / GIB)
+    assert plan.forecast.step.of("activations") == pytest.approx((300 + 100 + 7_000 * 0.262144) / 1024)
+    assert plan.memory_gib == round(plan.forecast.peak.total, 2)
+    rows = dict(plan.rows())
+    assert f"about {plan.memory_gib:.1f} GiB" in rows["GPU memory"]
+    assert "weights 1.6" in rows["GPU memory"]
+    assert "derived from the model's own graph" in rows["by stage"]
+    assert "image encode" in rows["by stage"]
+    assert "program" in rows["main memory"]
+    assert json.loads(json.dumps(plan.to_json()))["forecast"]["stages"]["step"]["weights"] == pytest.approx(1.601)
+
+
+@pytest.mark.usefixtures("counted")
+def test_memory_follows_the_settings_or_says_why_it_cannot(tmp_path: Path, tiny_sd15: Path) -> None:
+    def step(**sections: Any) -> float:
+        found = full_size(tmp_path, tiny_sd15, **sections).forecast
+        assert found is not None
+        return found.step.without_slack
+
+    plain = step()
+    four = step(train={"batch_size": 4})
+    assert four - plain == pytest.approx(3 * (100 + 7_000 * 0.262144) / 1024)
+    assert step(train={"precision": "fp32"}) > plain + 859_520_964 * 2 / GIB
+    unknown = full_size(tmp_path, tiny_sd15, adapter={"kind": "locon"})
+    assert unknown.forecast is None
+    assert "not counted" in unknown.memory_note
+    assert "plan --measure" in unknown.memory_note
+
+
+@pytest.mark.usefixtures("counted")
+def test_what_was_measured_on_the_card_corrects_the_plan(tmp_path: Path, tiny_sd15: Path) -> None:
+    plain = full_size(tmp_path, tiny_sd15).forecast
     _, identity = located(tiny_sd15)
-    plan = build_plan(resolved(tmp_path), identity, None, FullSize("folder", tiny_sd15, "x"))
-    assert "estimate" in dict(plan.rows())["GPU memory"]
+    layers = resolved(tmp_path, dataset={"resolution": 512})
+    files = FullSize("folder", tiny_sd15, "x")
+    plan = build_plan(layers, identity, None, files, Calibration(memory=1.1, runs=1))
+    assert plain is not None
+    assert plan.forecast is not None
+    assert plan.forecast.step.total == pytest.approx(plain.step.without_slack * 1.1)
+    assert plan.memory_note == "calibrated on this card, 1 run"
+
+
+def test_a_training_adapter_in_a_file_is_counted(tmp_path: Path, tiny_sd15: Path, counted: None) -> None:
+    plain = full_size(tmp_path, tiny_sd15).forecast
+    (tmp_path / "beside.safetensors").write_bytes(b"0" * 1_000_000)
+    found = full_size(tmp_path, tiny_sd15, base={"training_adapter": str(tmp_path / "beside.safetensors")}).forecast
+    assert plain is not None
+    assert found is not None
+    assert found.step.without_slack - plain.step.without_slack == pytest.approx(1_000_000 / GIB)
 
 
 def test_without_base_and_pictures_the_plan_says_what_it_does_not_know(tmp_path: Path) -> None:

@@ -1,0 +1,81 @@
+"""The memory forecast of a run as planned: its settings, the headers of its base model, and its pictures."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorasmith.engine.memory.calibration import UNKNOWN, Calibration
+from lorasmith.engine.memory.constants import find_memory
+from lorasmith.engine.memory.forecast import Forecast, Subject, can_forecast, forecast
+from lorasmith.engine.memory.sizes import denoiser_tensors
+
+if TYPE_CHECKING:
+    from lorasmith.engine.config import RunConfig
+    from lorasmith.engine.families import FamilySpec
+    from lorasmith.engine.sources import BaseFiles
+
+USUAL_PICTURES = 20
+"""Pictures of a dataset that is not known yet."""
+_MEASURE = "`lorasmith plan --measure RUN.toml` tries each stage once and measures it"
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a run: None where it is not yet.
+
+    `pixels` are those of the largest bucket, `num_parameters` the adapter's, `keeps_text` whether there are too many
+    prompts to encode them beforehand.
+    """
+
+    spec: FamilySpec | None
+    files: BaseFiles | None
+    pixels: int
+    num_parameters: int | None = None
+    number_of_pictures: int = USUAL_PICTURES
+    keeps_text: bool | None = None
+    calibration: Calibration = UNKNOWN
+
+
+def forecast_run(config: RunConfig, known: Known) -> tuple[Forecast | None, str]:
+    """Return the forecast of a run and what it rests on; None and the reason where there is none."""
+    subject, reason = subject_of(config, known)
+    if subject is None:
+        return None, reason
+    found = forecast(subject)
+    return found, found.basis
+
+
+def subject_of(config: RunConfig, known: Known) -> tuple[Subject | None, str]:
+    """Return what is to be forecast, or None and the reason why nothing can be."""
+    if known.spec is None or known.files is None:
+        return None, "forecast once the base model is on this machine"
+    weights = sum(math.prod(info.shape) for info in denoiser_tensors(known.files).values())
+    model = find_memory(known.spec.name, weights)
+    if model is None:
+        return None, f"not forecast: this base model is of another size than those that were counted; {_MEASURE}"
+    subject = Subject(
+        config=config,
+        spec=known.spec,
+        model=model,
+        megapixels=known.pixels / 1e6,
+        num_parameters=known.num_parameters,
+        number_of_pictures=known.number_of_pictures,
+        calibration=known.calibration.memory,
+        runs=known.calibration.runs,
+        keeps_text=known.keeps_text,
+        training_adapter_bytes=_training_adapter_bytes(config),
+    )
+    reason = can_forecast(subject)
+    return (None, f"not forecast: {reason} {_MEASURE[0].upper()}{_MEASURE[1:]}.") if reason else (subject, "")
+
+
+def _training_adapter_bytes(config: RunConfig) -> int:
+    """Return the bytes of the training adapter where it is a file here: its weights are kept on the card in 16 bits."""
+    path = Path(config.base.training_adapter.strip() or ".").expanduser()
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except OSError:
+        return 0
