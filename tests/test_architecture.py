@@ -90,6 +90,8 @@ def test_every_engine_module_has_its_layer() -> None:
         "doctor",
         "export",
         "families",
+        "fit",
+        "foot_guns",
         "inspect_file",
         "lora_files",
         "memory",

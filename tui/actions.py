@@ -76,6 +76,7 @@ ACTIONS: tuple[UserAction, ...] = (
     ),
     UserAction("reset", "settings", "r,ctrl+r", "reset", "Reset", "Give the field its recommended value again.", True),
     UserAction("all", "settings", "a", "toggle_all", "All settings", "Show all settings, or the important ones.", True),
+    UserAction("mend", "settings", "f", "mend", "Fix", "Make the change that the warning proposes.", True),
     UserAction("copy", "review", "y", "copy_command", "Copy", "Copy the command that trains the same.", True),
     UserAction("copy-file", "review", "t", "copy_toml", "Copy TOML", "Copy the run file.", True),
     UserAction(

@@ -74,6 +74,10 @@ class DraftSettings:
         config = self.config()
         return self._once("check", self._all(), lambda: config.model_dump_json(exclude=UNCHECKED))
 
+    def everything(self) -> tuple[object, ...]:
+        """Return what all settings depend on: the answers and the advice."""
+        return self._all()
+
     def _answers(self) -> tuple[object, ...]:
         draft = self._draft()
         overlay = draft.overlay_path()

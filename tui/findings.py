@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine.errors import ConfigError, LorasmithError
+from lorasmith.tui.card import find_fit
 from lorasmith.tui.checks import Checked, find_checks
+from lorasmith.tui.prospects import Prospect, find_prospects
 from lorasmith.tui.run_jobs import FoundRun, find_runs, resume_session
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from lorasmith.engine.dataset.items import Dataset, ImageItem
     from lorasmith.engine.dataset.overlay import Edit
     from lorasmith.engine.families import BaseIdentity, FamilyModule
+    from lorasmith.engine.fit import Fit
     from lorasmith.engine.hardware import HardwareSnapshot
     from lorasmith.engine.plan import Plan
     from lorasmith.engine.run_file import ResolvedConfig
@@ -243,6 +246,13 @@ def _vram_gib(hardware: HardwareSnapshot | None) -> float | None:
     return max((gpu.total_gib for gpu in gpus if gpu.total_gib is not None), default=None)
 
 
+def find_unusable(tell: Tell) -> dict[tuple[str, Any], str]:
+    """Return the choices that the last checks of this installation found unusable, each with its reason."""
+    from lorasmith.engine.doctor import remembered_checks, unusable_choices
+
+    return unusable_choices(remembered_checks())
+
+
 def find_plan(resolved: ResolvedConfig, base: FoundBase | None, dataset: FoundDataset | None, tell: Tell) -> Plan:
     """Return what the run will do: steps, disk, memory, warnings."""
     from lorasmith.engine.plan import build_plan
@@ -266,3 +276,6 @@ class Probes:
     runs: Callable[..., list[FoundRun]] = find_runs
     resume: Callable[..., tuple[Any, Any]] = resume_session
     plan: Callable[..., Plan] = find_plan
+    fit: Callable[..., Fit | None] = find_fit
+    prospects: Callable[..., list[Prospect]] = find_prospects
+    unusable: Callable[..., dict[tuple[str, Any], str]] = find_unusable

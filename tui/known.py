@@ -11,12 +11,14 @@ from lorasmith.engine.errors import BaseModelError, ConfigError, DatasetError, L
 from lorasmith.tui.draft import Draft, Problem
 from lorasmith.tui.draft_settings import BaseKey, DraftSettings
 from lorasmith.tui.findings import FoundBase, FoundDataset, Look, Probes, goal_of, recommend
+from lorasmith.tui.fitting import Fitting
 
 if TYPE_CHECKING:
     from lorasmith.engine.advisor import Advice
     from lorasmith.engine.config import DatasetSettings, RunConfig
     from lorasmith.engine.run_file import ResolvedConfig
     from lorasmith.tui.checks import Checked
+    from lorasmith.tui.prospects import Prospect
 
 
 class Known:
@@ -29,6 +31,7 @@ class Known:
         self._told = told
         self._advice: tuple[tuple[object, ...], list[Advice]] = ((), [])
         self._settings = DraftSettings(draft, self.advice)
+        self.fitting = Fitting(self)
         self._scan_again = False
 
     @property
@@ -60,6 +63,19 @@ class Known:
     def look_at_hardware(self) -> Look:
         """Look at the machine."""
         return self.look("hardware", (), self.probes.hardware)
+
+    def look_at_prospects(self) -> Look | None:
+        """Work out what the card can train; None without a card."""
+        snapshot = self.looks["hardware"].value if "hardware" in self.looks else None
+        if snapshot is None or not snapshot.gpus:
+            return None
+        return self.look("prospects", (id(snapshot),), partial(self.probes.prospects, snapshot))
+
+    @property
+    def prospects(self) -> list[Prospect]:
+        """What the card can train, as far as that is worked out."""
+        look = self.looks.get("prospects")
+        return look.value or [] if look is not None and look.done else []
 
     def looking(self) -> bool:
         """Whether any look is under way."""
@@ -106,6 +122,8 @@ class Known:
         """Take the looks that the end of the look `name` makes possible."""
         if name == "dataset" and self._scan_again:
             self.look_again()
+        if name == "hardware":
+            self.look_at_prospects()
         download = self.current("download") if name == "download" else None
         if download is not None and download.value == "":
             self.look_at_base(again=True)
@@ -121,16 +139,17 @@ class Known:
             return None
         words = self.current("words")
         tokenizers = words.value if words is not None and words.value else ()
-        question = Question(self.check_config(), self.base, tokenizers, self._goal())
+        question = Question(self.check_config(), self.base, tokenizers, self.goal())
         return self.look("checks", self._checks_key(), partial(self.probes.checks, found, question))
 
-    def _goal(self) -> str:
+    def goal(self) -> str:
+        """Return what the LoRA shall learn; "" while the base model is not known."""
         return goal_of(self.draft, self.base.identity.family) if self.base is not None else ""
 
     def _checks_key(self) -> tuple[Any, ...]:
         scan, words = self.looks.get("dataset"), self.current("words")
         folder, settings = self.dataset_settings().folder, self._settings.check_text()
-        base = (self._base_key(), self.base is not None, words is not None and bool(words.value), self._goal())
+        base = (self._base_key(), self.base is not None, words is not None and bool(words.value), self.goal())
         return folder, scan.started if scan else 0.0, settings, *base
 
     def check_config(self) -> RunConfig:
@@ -156,6 +175,8 @@ class Known:
 
     def current(self, name: str) -> Look | None:
         """Return the look that answers the draft as it is now, done or not."""
+        if name == "fit":
+            return self.fitting.look()
         look = self.looks.get(name)
         keys: Mapping[str, Callable[[], tuple[Any, ...]]] = {
             "base_model": self._base_key,
@@ -200,7 +221,26 @@ class Known:
         return (look.value or look.before) if look is not None and same else None
 
     def advice(self) -> list[Advice]:
-        """Return what is recommended for what is known; kept until something else is known."""
+        """Return what is recommended: the preset's values, and over them what makes the run fit the card."""
+        fit = self.fitting.plan()
+        if fit is None:
+            return self.preset_advice()
+        from lorasmith.engine.fit import fit_advice
+
+        fitted = {item.key: item for item in fit_advice(fit)}
+        return [*(item for item in self.preset_advice() if item.key not in fitted), *fitted.values()]
+
+    def unusable(self) -> dict[tuple[str, Any], str]:
+        """Return the choices that do not work on this machine, each with its reason, as far as they were tried."""
+        look = self.looks.get("doctor")
+        return look.value or {} if look is not None else {}
+
+    def look_at_doctor(self) -> Look:
+        """Ask what the last checks of this installation found unusable."""
+        return self.look("doctor", (), self.probes.unusable)
+
+    def preset_advice(self) -> list[Advice]:
+        """Return what is recommended for what is known, whatever is free on the card; kept until more is known."""
         hardware = self.looks["hardware"].value if "hardware" in self.looks else None
         scan = self.looks.get("dataset")
         dataset = (scan.value or scan.before) if scan is not None else None

@@ -12,8 +12,10 @@ from textual.widgets import Input, OptionList, Static
 from lorasmith.tui.draft import DEMO
 from lorasmith.tui.fields import SEPARATOR
 from lorasmith.tui.forms import SafeInput, Status, told
+from lorasmith.tui.prospects import of_hub_id
 from lorasmith.tui.screens.page import WizardPage
 from lorasmith.tui.text import safe_str
+from lorasmith.tui.widgets.forecast import Forecast
 
 if TYPE_CHECKING:
     from lorasmith.tui.findings import FoundBase
@@ -51,6 +53,10 @@ class BaseModelPage(WizardPage):
         "needs its VAE and its text encoders from files of their own: two fields for them appear then."
     )
 
+    def compose_head(self) -> ComposeResult:
+        """What a run on the recognised base takes."""
+        yield Forecast(id="forecast")
+
     def compose_body(self) -> ComposeResult:
         """The choice, the id or path, and what was found."""
         yield OptionList(*CHOICES.values(), id="choice", compact=True, markup=False)
@@ -70,10 +76,9 @@ class BaseModelPage(WizardPage):
         if chosen != DEMO:
             draft.kept.setdefault(chosen, str(draft.answers.get("base.model", "")))
         self.query_one("#choice", OptionList).highlighted = list(CHOICES).index(chosen)
-        usual = usual_models()
-        self._usual = [model for model, _ in usual]
-        lines = [Text(f"{model}  {label}", no_wrap=True, overflow="ellipsis") for model, label in usual]
-        self.query_one("#usual", OptionList).add_options(lines)
+        self._usual: list[str] = []
+        self._usual_lines: list[str] = []
+        self._show_usual()
         for key, (name, _, _) in PARTS.items():
             with self.prevent(Input.Changed):
                 self.query_one(f"#{name}", SafeInput).value = draft.text(key)
@@ -81,6 +86,24 @@ class BaseModelPage(WizardPage):
         super().on_mount()
         if draft.is_demo or self.wizard.known.looks.get("base_model") is not None:
             self.wizard.known.look_at_base()
+
+    def _show_usual(self) -> None:
+        """List the usual models, each with what this card makes of it once that is worked out."""
+        prospects = self.wizard.known.prospects
+        lines = []
+        for model, family, label in (usual := usual_models()):
+            found = of_hub_id(prospects, model, family)
+            words = f" · {found.describe()}" if found is not None else ""
+            mark = f"{found.mark} " if found is not None else ""
+            lines.append(f"{mark}{model}  {label}{words}")
+        if lines == self._usual_lines:
+            return
+        self._usual, self._usual_lines = [model for model, _, _ in usual], lines
+        listed = self.query_one("#usual", OptionList)
+        highlighted = listed.highlighted
+        listed.clear_options()
+        listed.add_options(Text(line, no_wrap=True, overflow="ellipsis") for line in lines)
+        listed.highlighted = highlighted
 
     def _guess(self) -> str:
         model = str(self.wizard.draft.answers.get("base.model", ""))
@@ -205,6 +228,12 @@ class BaseModelPage(WizardPage):
         else:
             found.say(base_text(look.value))
         self._show_parts()
+        self._show_usual()
+        fitting = self.wizard.known.fitting
+        recognized = look is not None and look.value is not None and self.chosen != DEMO
+        self.query_one(Forecast).show(
+            fitting.estimate() if recognized else None, fitting.plan() if recognized else None
+        )
         self.hint("Up and down: choose · Enter: accept")
 
     def _show_download(self, found: Status) -> None:
@@ -221,13 +250,15 @@ class BaseModelPage(WizardPage):
             found.say(f"{download.value}\nEnter downloads it." if download.value else "It is on this machine already.")
 
 
-def usual_models() -> list[tuple[str, str]]:
-    """Return the Hub ids of every family with its label and its usual variant's size, the smallest first."""
+def usual_models() -> list[tuple[str, str, str]]:
+    """Return the Hub ids of every family with the family's name, label and usual size, the smallest first."""
     from lorasmith.engine.families import families
 
     specs = sorted((module.SPEC for module in families().values()), key=lambda spec: spec.denoiser_parameters)
     return [
-        (model, f"{spec.label}, {spec.denoiser_parameters / 1e9:.1f} B") for spec in specs for model in spec.hub_ids
+        (model, spec.name, f"{spec.label}, {spec.denoiser_parameters / 1e9:.1f} B")
+        for spec in specs
+        for model in spec.hub_ids
     ]
 
 

@@ -10,6 +10,7 @@ from textual.app import ComposeResult
 from textual.widgets import OptionList, Static
 
 from lorasmith.tui.forms import Status, told
+from lorasmith.tui.prospects import prospects_text
 from lorasmith.tui.run_jobs import newest_interrupted
 from lorasmith.tui.screens.page import WizardPage
 from lorasmith.tui.text import safe_str
@@ -35,6 +36,7 @@ class HardwarePage(WizardPage):
     def compose_body(self) -> ComposeResult:
         """The machine, then the draft's offer."""
         yield Status(id="machine")
+        yield Status(id="prospects", classes="gap")
         yield Status(id="interrupted", classes="gap")
         if self.wizard.offer is not None:
             draft, age = self.wizard.offer
@@ -55,6 +57,7 @@ class HardwarePage(WizardPage):
     def refresh_page(self) -> None:
         """Show the snapshot, or how long it takes."""
         self._show_interrupted()
+        self._show_prospects()
         look = self.wizard.known.looks.get("hardware")
         machine = self.query_one("#machine", Status)
         if look is None or not look.done:
@@ -68,6 +71,20 @@ class HardwarePage(WizardPage):
             if self.wizard.draft.is_demo
             else "Press Enter."
         )
+
+    def _show_prospects(self) -> None:
+        """Say what the card can train."""
+        look = self.wizard.known.looks.get("prospects")
+        shown = self.query_one("#prospects", Status)
+        shown.display = look is not None
+        if look is None:
+            return
+        if not look.done:
+            shown.say("Working out what this card can train …")
+        elif look.error is not None:
+            shown.say(told(look.error))
+        else:
+            shown.say(prospects_text(look.value))
 
     def _show_interrupted(self) -> None:
         """Offer to resume the run that was interrupted last."""
@@ -128,6 +145,8 @@ def _gpu_text(gpu: Gpu) -> Text:
         text.append(f"  {gpu.free_gib:.1f} of {gpu.total_gib:.1f} GiB memory free")
     else:
         text.append("  memory unknown")
+    if gpu.total_gib is not None:
+        text.append(f" · {tier_words(gpu.total_gib)}")
     if gpu.temperature_c is not None:
         text.append(f" · {gpu.temperature_c:.0f} °C")
     if gpu.driver:
@@ -137,6 +156,16 @@ def _gpu_text(gpu: Gpu) -> Text:
         used = f"{process.used_gib:.1f} GiB" if process.used_gib is not None else "memory"
         text.append(f"  in use: {safe_str(process.name or 'a process')} ({process.pid}) holds {used}\n", "dim")
     return text
+
+
+TIERS_GIB = (6, 8, 10, 12, 16, 20, 24, 32, 48, 80)
+"""Sizes of graphics memory that advice is given for."""
+
+
+def tier_words(total_gib: float) -> str:
+    """Return the class of a card by its memory; a card's GiB are a little less than the GB on its box."""
+    below = [size for size in TIERS_GIB if size <= total_gib * 1.08]
+    return f"{below[-1]} GB class" if below else "less than 6 GB"
 
 
 def describe_draft(draft: Draft) -> str:

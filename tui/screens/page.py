@@ -58,6 +58,7 @@ class WizardPage(Screen[None]):
         with Horizontal(id="frame"):
             yield StepList()
             with Vertical(id="main"):
+                yield from self.compose_head()
                 with VerticalScroll(id="body", can_focus=False):
                     yield from self.compose_body()
                 yield Static("", id="hint", markup=False)
@@ -65,6 +66,10 @@ class WizardPage(Screen[None]):
                     yield Button("Back", id="back", compact=True, disabled=number == 1)
                     yield from self.compose_buttons()
         yield Footer(show_command_palette=False, compact=True)
+
+    def compose_head(self) -> ComposeResult:
+        """What stays above the body while that scrolls."""
+        yield from ()
 
     def compose_body(self) -> ComposeResult:
         """The page's own widgets."""

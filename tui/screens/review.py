@@ -74,6 +74,7 @@ class ReviewPage(WizardPage):
             "base_model": "the base model",
             "dataset": "the pictures",
             "checks": "pictures and captions",
+            "fit": "what fits the card",
             "start": "the start",
         }
         found = [(words, self.wizard.known.current(name)) for name, words in names.items()]

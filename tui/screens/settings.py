@@ -12,12 +12,15 @@ from textual.widgets import Button, Static
 
 from lorasmith.engine.errors import ConfigError
 from lorasmith.tui.actions import bindings
-from lorasmith.tui.fields import help_of, label_of, page_of, settings
+from lorasmith.tui.fields import help_of, label_of, page_of, settings, write_text
 from lorasmith.tui.findings import goal_of
 from lorasmith.tui.forms import Choice, SafeInput, SettingField, field_id
 from lorasmith.tui.screens.page import WizardPage
+from lorasmith.tui.text import safe_str
+from lorasmith.tui.widgets.forecast import Forecast
 
 if TYPE_CHECKING:
+    from lorasmith.engine.advisor import Advice
     from lorasmith.engine.config import AdapterSettings
 
 IMPORTANT = (
@@ -42,6 +45,10 @@ class SettingsPage(WizardPage):
     HELP_TEXT: ClassVar[str] = (
         "Each setting shows its value, where it comes from and why. Change what you like; r undoes it."
     )
+
+    def compose_head(self) -> ComposeResult:
+        """Memory and time of the run as it is set."""
+        yield Forecast(id="forecast")
 
     def compose_body(self) -> ComposeResult:
         """The important fields; the others follow when asked for."""
@@ -159,17 +166,40 @@ class SettingsPage(WizardPage):
             self.hint(f"{label_of(field.key)}: {help_of(field.key)}")
 
     def refresh_page(self) -> None:
-        """Show each field's origin and reason, or its problem."""
-        draft, advice = self.wizard.draft, self.wizard.known.advice()
-        merged = draft.merged(advice)
-        problems = {problem.key: problem.message for problem in self.wizard.known.problems()}
-        scales = scale_words(self.wizard.known.check_config().adapter)
+        """Show each field's origin and reason, its warning or its problem, and what the run takes."""
+        draft, known = self.wizard.draft, self.wizard.known
+        advice = {item.key: item for item in known.advice()}
+        merged = draft.merged(list(advice.values()))
+        problems = {problem.key: problem.message for problem in known.problems()}
+        guns = known.fitting.foot_guns()
+        warnings = {next(iter(gun.fix)): gun.words for gun in reversed(guns) if gun.fix and gun.severity == "warning"}
+        scales = scale_words(known.check_config().adapter)
+        unusable = known.unusable()
         for field in self.query(SettingField):
-            origin = "wizard" if draft.changed(field.key) else merged[field.key][1]
-            advised = next((item for item in advice if item.key == field.key), None)
+            key, advised = field.key, advice.get(field.key)
+            field.forbid({str(value): why for (name, value), why in unusable.items() if name == key})
+            if not draft.changed(key):
+                field.show(write_text(key, merged[key][0]))
+            origin = "wizard" if draft.changed(key) else merged[key][1]
             reason = advised.why if advised is not None else ""
-            field.tell(origin, reason, problems.get(field.key, ""), scales.get(field.key, ""))
-            field.source = f"{advised.why}\nSource: {advised.source}" if advised is not None else ""
+            field.tell(origin, reason, problems.get(key, ""), scales.get(key, ""), warnings.get(key, ""))
+            field.source = source_text(advised) if advised is not None else ""
+        self.query_one(Forecast).show(known.fitting.estimate(), known.fitting.plan(), [gun.words for gun in guns])
+
+    def action_mend(self) -> None:
+        """Make the change that the warning of the focused field, or else the first warning, proposes."""
+        field = self._focused_field()
+        guns = [gun for gun in self.wizard.known.fitting.foot_guns() if gun.fix]
+        gun = next((gun for gun in guns if field is not None and field.key in gun.fix), next(iter(guns), None))
+        if gun is None:
+            self.hint("Nothing is warned of that one key could mend.")
+            return
+        for key, value in gun.fix.items():
+            self.wizard.draft.put(key, write_text(key, value))
+        for shown in self.query(SettingField):
+            shown.show(self.wizard.draft.text(shown.key, self.wizard.known.advice()))
+        self.wizard.changed()
+        self.hint(safe_str(gun.fix_words))
 
     def reveal(self, key: str) -> None:
         """Move to the field of `key`, opening all settings where it is among them."""
@@ -180,6 +210,12 @@ class SettingsPage(WizardPage):
             await self.action_toggle_all()
         for field in self.query(f"#{field_id(key)}").results(SettingField):
             field.control.focus()
+
+
+def source_text(advised: Advice) -> str:
+    """Return why a value is recommended, where that comes from, and what speaks for another."""
+    text = f"{advised.why}\nSource: {advised.source}"
+    return f"{text}\nSources disagree: {advised.disagreement}" if advised.disagreement else text
 
 
 def scale_words(adapter: AdapterSettings) -> dict[str, str]:

@@ -1,0 +1,105 @@
+"""What the machine's card can do with a run: forecast, time and money as the pages show them. Torch-free, pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lorasmith.engine.errors import ConfigError
+from lorasmith.tui.memory_view import MemoryView, view_of
+
+if TYPE_CHECKING:
+    from lorasmith.engine.config import RunConfig
+    from lorasmith.engine.families import BaseIdentity, FamilySpec
+    from lorasmith.engine.fit import Fit, Room
+    from lorasmith.engine.hardware import Gpu, HardwareSnapshot
+    from lorasmith.engine.memory.forecast import Subject
+
+NO_GPU = "no NVIDIA GPU: this trains in main memory, on the processor"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A run on this card: the bar, and time and money in words, what matters most first."""
+
+    view: MemoryView
+    words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Card:
+    """The card that would train, and what is free on the machine."""
+
+    gpu: Gpu
+    room: Room
+
+
+@dataclass(frozen=True)
+class CardQuestion:
+    """What is to be fitted: the settings before anything is done to fit, the base model, and the card.
+
+    Keys in `fixed` are the user's own.
+    """
+
+    config: RunConfig
+    spec: FamilySpec
+    identity: BaseIdentity
+    card: Card
+    number_of_pictures: int
+    fixed: frozenset[str]
+
+
+def find_fit(question: CardQuestion, tell: Any) -> Fit | None:
+    """Return the plan that fits the card best; None where the memory of the base model is not known."""
+    from lorasmith.engine.fit import solve
+
+    subject = subject_of(question.config, question.spec, question.identity, question.number_of_pictures)
+    if subject is None:
+        return None
+    try:
+        return solve(subject, question.card.room, question.fixed)
+    except ConfigError:
+        return None
+
+
+def card_of(
+    snapshot: HardwareSnapshot, device: str, family: str, unusable: Mapping[tuple[str, Any], str]
+) -> Card | None:
+    """Return the card that `train.device` means, with what is free; None without a GPU that tells its memory."""
+    from lorasmith.engine.fit.machine import gpu_of, room_of
+
+    gpu = gpu_of(snapshot.gpus, device)
+    room = None if gpu is None else room_of(snapshot, gpu, family, frozenset(unusable))
+    return None if gpu is None or room is None else Card(gpu, room)
+
+
+def subject_of(config: RunConfig, spec: FamilySpec, identity: BaseIdentity, number_of_pictures: int) -> Subject | None:
+    """Return what is to be forecast; None where the memory of this base model was not derived."""
+    from lorasmith.engine.memory import find_memory
+    from lorasmith.engine.memory.forecast import Subject
+
+    model = find_memory(spec.name, identity.parameters)
+    if model is None:
+        return None
+    side = max([config.dataset.resolution, *config.dataset.more_resolutions])
+    return Subject(config, spec, model, side**2 / 1e6, number_of_pictures=number_of_pictures)
+
+
+def estimate(subject: Subject | None, card: Card | None) -> Estimate:
+    """Return memory, time and money of a run as it is set; under a millisecond."""
+    from lorasmith.engine.costs import run_costs
+    from lorasmith.engine.fit import judge
+    from lorasmith.engine.memory.forecast import can_forecast, forecast
+    from lorasmith.engine.step_time import step_seconds
+
+    if card is None:
+        return Estimate(MemoryView(note=NO_GPU))
+    reason = "not known for this base model" if subject is None else can_forecast(subject)
+    if subject is None or reason:
+        return Estimate(MemoryView(note=reason))
+    room = card.room
+    found = forecast(subject)
+    seconds = step_seconds(subject, room.card, room.seconds_calibration)
+    costs = run_costs(subject.config, subject.spec.name, seconds, room.card, subject)
+    return Estimate(view_of(found, room.vram_gib, judge(found, room)), costs.words)
