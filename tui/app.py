@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import threading
@@ -114,7 +115,13 @@ class LorasmithApp(App[int]):
     def _begin_warm_up(self) -> None:
         from lorasmith.tui.warm_up import import_heavy
 
-        threading.Thread(target=import_heavy, name="warm-up", daemon=True).start()
+        def warm_up() -> None:
+            import_heavy()
+            # Who left meanwhile needs no answer.
+            with contextlib.suppress(RuntimeError):
+                self.call_from_thread(self.known.look_at_doctor, try_now=True)
+
+        threading.Thread(target=warm_up, name="warm-up", daemon=True).start()
 
     def on_resize(self, event: events.Resize) -> None:
         """Cover the pages while the terminal is too small for them."""

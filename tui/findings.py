@@ -246,11 +246,19 @@ def _vram_gib(hardware: HardwareSnapshot | None) -> float | None:
     return max((gpu.total_gib for gpu in gpus if gpu.total_gib is not None), default=None)
 
 
-def find_unusable(tell: Tell) -> dict[tuple[str, Any], str]:
-    """Return the choices that the last checks of this installation found unusable, each with its reason."""
-    from lorasmith.engine.doctor import remembered_checks, unusable_choices
+def find_unusable(machine: HardwareSnapshot, try_now: bool, tell: Tell) -> dict[tuple[str, Any], str] | None:
+    """Return the choices that do not work on this machine, each with its reason; None where nobody has tried yet.
 
-    return unusable_choices(remembered_checks())
+    With `try_now` they are tried then, in a process of their own, which takes some seconds.
+    """
+    from lorasmith.engine.doctor import remembered_checks, retry, unusable_choices
+    from lorasmith.engine.doctor.trials import TRIALS
+
+    checks = remembered_checks(machine)
+    if not checks and try_now:
+        tell("trying what this installation can do", 0, 0)
+        checks = retry(list(TRIALS))
+    return unusable_choices(checks) if checks else None
 
 
 def find_plan(resolved: ResolvedConfig, base: FoundBase | None, dataset: FoundDataset | None, tell: Tell) -> Plan:
@@ -278,4 +286,4 @@ class Probes:
     plan: Callable[..., Plan] = find_plan
     fit: Callable[..., Fit | None] = find_fit
     prospects: Callable[..., list[Prospect]] = find_prospects
-    unusable: Callable[..., dict[tuple[str, Any], str]] = find_unusable
+    unusable: Callable[..., dict[tuple[str, Any], str] | None] = find_unusable

@@ -33,9 +33,10 @@ class Fitting:
             return None
         family = base.identity.family if base is not None else ""
         device = str(self._known.draft.answers.get("train.device", "auto"))
-        key = (id(look.value), device, family)
+        unusable = self._known.unusable()
+        key = (id(look.value), device, family, frozenset(unusable))
         if self._cards[0] != key:
-            self._cards = (key, card_of(look.value, device, family, self._known.unusable()))
+            self._cards = (key, card_of(look.value, device, family, unusable))
         return self._cards[1]
 
     def look(self) -> Look | None:

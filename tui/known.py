@@ -124,6 +124,7 @@ class Known:
             self.look_again()
         if name == "hardware":
             self.look_at_prospects()
+            self.look_at_doctor()
         download = self.current("download") if name == "download" else None
         if download is not None and download.value == "":
             self.look_at_base(again=True)
@@ -233,11 +234,14 @@ class Known:
     def unusable(self) -> dict[tuple[str, Any], str]:
         """Return the choices that do not work on this machine, each with its reason, as far as they were tried."""
         look = self.looks.get("doctor")
-        return look.value or {} if look is not None else {}
+        return (look.value or look.before or {}) if look is not None else {}
 
-    def look_at_doctor(self) -> Look:
-        """Ask what the last checks of this installation found unusable."""
-        return self.look("doctor", (), self.probes.unusable)
+    def look_at_doctor(self, *, try_now: bool = False) -> Look | None:
+        """Ask what does not work in this installation; with `try_now` it is tried where nobody has yet."""
+        machine = self.looks["hardware"].value if "hardware" in self.looks else None
+        if machine is None:
+            return None
+        return self.look("doctor", (id(machine), try_now), partial(self.probes.unusable, machine, try_now))
 
     def preset_advice(self) -> list[Advice]:
         """Return what is recommended for what is known, whatever is free on the card; kept until more is known."""

@@ -95,6 +95,7 @@ def make_app(started: list[FakeSession]) -> Callable[..., LorasmithApp]:
             "download": lambda model, revision, tell: "",
             "tokenizers": lambda base, tell: [FakeTokenizer()],
             "start": start,
+            "unusable": lambda machine, try_now, tell: {},
         }
         return LorasmithApp(draft, Probes(**(quick | looks)))
 
