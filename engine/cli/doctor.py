@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _NAME_WIDTH: Final = 14
 _INDENT: Final = " " * (7 + _NAME_WIDTH)
+_FIX: Final = "  fix: "
 MAXIMUM_WIDTH: Final = 110
 
 
@@ -120,7 +121,7 @@ def check_lines(check: Check, width: int) -> list[str]:
     if check.status != "pass" and check.meaning:
         lines += _wrapped(check.meaning, width, _INDENT)
     if check.fix and check.status in ("warn", "fail"):
-        lines.append(f"{_INDENT}fix: {check.fix}")
+        lines.append(f"{_FIX}{check.fix}")
     return lines
 
 
@@ -129,14 +130,15 @@ def summary(checks: Sequence[Check], seconds: float) -> list[str]:
     from lorasmith.engine.doctor import unusable_choices
 
     blocking = [check.name for check in checks if check.blocking]
-    warnings = sum(1 for check in checks if check.status == "warn")
+    others = [check.name for check in checks if not check.blocking and check.status in ("warn", "fail")]
     passed = sum(1 for check in checks if check.status == "pass")
     lines = [""]
     if lost := unusable_choices(checks):
         lines += _wrapped(", ".join(f"{key}={value}" for key, value in lost), _width(), "Cannot be chosen here: ")
     verdict = f"No training can start: mend {', '.join(blocking)}." if blocking else "This machine can train."
-    counts = f"{passed} of {len(checks)} checks passed, {warnings} to look at"
-    return [*lines, f"{verdict} {counts}, in {seconds:.1f} s."]
+    look = f" To look at: {', '.join(others)}." if others else ""
+    counts = f"{passed} of {len(checks)} checks passed in {seconds:.1f} s."
+    return [*lines, *_wrapped(f"{verdict} {counts}{look}", _width(), "")]
 
 
 def _mark(check: Check) -> str:

@@ -142,8 +142,9 @@ def _steps(state: HardwareSnapshot, output: Path, ask_hub: bool) -> dict[str, _S
         "cache folder": (cache_folder, "the variable LORASMITH_CACHE"),
         "models folder": (hub_access.models_folder, "the variable HF_HOME"),
     }
+    speeds: dict[int, disks.Speed] = {}
     for name, (folder, setting) in folders.items():
-        steps[name] = _Step(_disk_check(name, folder, setting), DISK_SECONDS)
+        steps[name] = _Step(_disk_check(name, folder, setting, speeds), DISK_SECONDS)
     if not ask_hub:
         return steps | {"hub": _Step(lambda: Check("hub", "skip", "not asked; lorasmith doctor --hub does"))}
     return steps | {
@@ -153,8 +154,10 @@ def _steps(state: HardwareSnapshot, output: Path, ask_hub: bool) -> dict[str, _S
     }
 
 
-def _disk_check(name: str, folder: Callable[[], Path], setting: str) -> Callable[[], Check]:
-    return lambda: disks.check_disk(name, folder(), setting)
+def _disk_check(
+    name: str, folder: Callable[[], Path], setting: str, speeds: dict[int, disks.Speed]
+) -> Callable[[], Check]:
+    return lambda: disks.check_disk(name, folder(), setting, speeds)
 
 
 def _nothing(name: str) -> None:

@@ -33,10 +33,11 @@ class Speed:
     read: float
 
 
-def check_disk(name: str, folder: Path, setting: str) -> Check:
+def check_disk(name: str, folder: Path, setting: str, known: dict[int, Speed] | None = None) -> Check:
     """The folder, or the one in which it would be made, can be written to, has room and is not slow.
 
-    `setting` is what the user changes to choose another. Nothing is left behind.
+    `setting` is what the user changes to choose another; `known` are the speeds of disks that were measured before, to
+    which this one's is added. Nothing is left behind.
     """
     place = nearest_existing(folder.expanduser())
     where = f"Choose another folder with {setting}."
@@ -48,7 +49,7 @@ def check_disk(name: str, folder: Path, setting: str) -> Check:
     if free < MINIMUM_DISK_GIB:
         return Check(name, "fail", detail, f"Free some space. {where}", "A training would end at its first save.")
     try:
-        speed = measure(place)
+        speed = _measure_once(place, {} if known is None else known)
     except OSError as error:
         fix = ADVICE.get(error.errno or 0, where)
         return Check(name, "fail", f"{detail}; {error.strerror or error}", fix, "No training can start.")
@@ -73,6 +74,13 @@ def _drawback(system: FileSystem) -> str:
     if system.kind in WITHOUT_LINKS:
         return "A disk formatted for Windows: it keeps no links, so that downloads can take double room."
     return ""
+
+
+def _measure_once(folder: Path, known: dict[int, Speed]) -> Speed:
+    disk = folder.stat().st_dev
+    if disk not in known:
+        known[disk] = measure(folder)
+    return known[disk]
 
 
 def measure(folder: Path, mib: int = TRIAL_MIB, seconds: float = TRIAL_SECONDS) -> Speed:

@@ -17,7 +17,9 @@ _DESKTOP: Final = ("Xorg", "Xwayland", "gnome-shell", "kwin_wayland", "kwin_x11"
 def check_gpu(machine: HardwareSnapshot) -> Check:
     """There is an NVIDIA GPU and its driver answers."""
     if not machine.gpus:
-        fix = "nvidia-smi   # with an NVIDIA card in the machine it must list it; without one, the CPU trains slowly"
+        fix = "nvidia-smi   # must list the card, if there is one"
+        if is_wsl():
+            fix = "Install the NVIDIA driver in Windows, not in WSL, then: wsl --shutdown"
         meaning = "Trainings run on the CPU: enough for the demo, not for a large base model."
         return Check("gpu", "warn", machine.note or "No NVIDIA GPU was found.", fix, meaning)
     words = []

@@ -101,7 +101,7 @@ def _try_packed(name: str, quantization: Quantization, *, product: bool = False)
     off = max(_apart(result.detach(), right), _apart(came_in.grad, gradient))
     if not off < TOLERANCE[quantization]:
         return Check(name, "fail", f"A layer in {quantization} is {off:.0%} off on {where(device)}.")
-    return Check(name, "pass", f"works on {where(device)}, {off:.1%} off")
+    return Check(name, "pass", f"works on {where(device)} (rounding changes {off:.1%})")
 
 
 def _apart(found: Any, right: Any) -> float:

@@ -213,7 +213,8 @@ def serve(device: str, names: Sequence[str]) -> None:
     """Make the trials `names` and write each check as one JSON line to what stdout was; the child's own work."""
     # Before torch is imported: the card that a training takes is the one to be tried.
     with contextlib.suppress(HardwareError):
-        resolve_device(device)
+        if resolve_device(device) == "cpu":
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # What libraries print must not come between the lines.
     private = os.dup(1)
     os.dup2(2, 1)
