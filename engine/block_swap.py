@@ -89,16 +89,16 @@ class SwappedForward:
 
 
 class BlockSwap:
-    """The swapped blocks of one denoiser, whose other weights are on `device`.
+    """The swapped blocks (`families.SwappedBlocks`) of one denoiser, whose other weights are on `device`.
 
     `card_bytes` is what the ring takes there, `host_bytes` what the blocks take in main memory. `copies` counts the
     copies so far, `waits` those that were not begun ahead.
     """
 
     def __init__(self, family: Family, blocks: Sequence[tuple[str, nn.Module]], depth: int) -> None:
-        """Move the frozen weights of `blocks` into buffers in main memory, and the rest of the denoiser to its card."""
+        """Move the frozen weights of `blocks` into buffers in main memory."""
         self.device, self.depth = family.device, min(depth, len(blocks))
-        self._denoiser = family.denoiser
+        self._family = family
         shared = _shared_places(family.denoiser, [module for _, module in blocks])
         self.blocks = [_gather(name, module, shared, self.device) for name, module in blocks]
         self._slots: list[_Slot] = []
@@ -108,7 +108,6 @@ class BlockSwap:
         self.copies = self.waits = 0
         for index, block in enumerate(self.blocks):
             _wrap(block.module, self, index)
-        self.to(self.device)
 
     @property
     def host_bytes(self) -> int:
@@ -160,19 +159,25 @@ class BlockSwap:
         """Move the denoiser as its own `to` would; away from its card the swapped blocks compute in main memory."""
         self.release()
         stays = {id(place.tensor) for block in self.blocks for place in block.places}
-        self._denoiser._apply(lambda tensor: tensor if id(tensor) in stays else tensor.to(device))
+        self._family.denoiser._apply(lambda tensor: tensor if id(tensor) in stays else tensor.to(device))
         self._away = device != self.device
 
     def bring_back(self) -> None:
         """Lay every block on the card for good, as without a swap."""
-        self.release()
-        for block in self.blocks:
-            _unwrap(block.module)
+        blocks = self.blocks
+        self.give_up()
+        for block in blocks:
             for place in block.places:
                 place.tensor.data = place.tensor.data.to(self.device, copy=True)
             for layer in block.packed:
                 layer.settle()
-        self.blocks = []
+
+    def give_up(self) -> None:
+        """End the swap; the blocks' weights stay in main memory, for whoever moves them next."""
+        self.release()
+        for block in self.blocks:
+            _unwrap(block.module)
+        self.blocks, self._family.swapped = [], None
 
     def _following(self, index: int) -> Iterator[int]:
         """Yield the blocks that run next, as far as the order of former passes tells and the ring can hold them."""
@@ -234,13 +239,19 @@ def swap_blocks(family: Family, count: int, depth: int = 2) -> BlockSwap:
     """Let the frozen weights of `count` blocks of the denoiser, evenly spread, wait in main memory.
 
     The denoiser's other weights go to the family's device, and `depth` blocks at a time have room there. Swapped blocks
-    are checkpointed. Adapters stay on the card whole. A denoiser with fewer blocks has all of them swapped.
+    are checkpointed. Adapters stay on the card whole. A denoiser with fewer blocks has all of them swapped. Where
+    blocks are swapped already, these are swapped instead.
     """
     blocks = denoiser_blocks(family)
     count = min(count, len(blocks))
     # Evenly spread, so that each copy has the same number of resident blocks to hide behind.
     chosen = [blocks[(2 * place + 1) * len(blocks) // (2 * count)] for place in range(count)]
-    return BlockSwap(family, chosen, max(1, depth))
+    before = family.swapped
+    if isinstance(before, BlockSwap):
+        before.give_up()
+    family.swapped = swap = BlockSwap(family, chosen, max(1, depth))
+    swap.to(family.device)
+    return swap
 
 
 def _in_backward() -> bool:

@@ -248,6 +248,24 @@ _ROWS: tuple[Row, ...] = (
         lambda c: c.objective.preserve != "off" and c.adapter.text_encoder,
         "objective.preserve cannot be used with adapter.text_encoder: what is kept would move with the encoder",
     ),
+    # Memory
+    Row(
+        lambda c: c.memory.checkpoint_share < 1.0 and not c.train.gradient_checkpointing,
+        "memory.checkpoint_share is read with train.gradient_checkpointing alone: switch that on, or set it to 1",
+    ),
+    Row(
+        lambda c: c.memory.offload_activations and not c.train.gradient_checkpointing,
+        "memory.offload_activations needs train.gradient_checkpointing, whose inputs it moves: switch that on, or this "
+        "off",
+    ),
+    Row(
+        lambda c: c.memory.lora_precision == "base" and _other_kind(c, "lora", "locon", "dora", "loha", "lokr"),
+        "memory.lora_precision must be fp32 with adapter.kind = {}, which loses its rotations in 16 bits",
+    ),
+    Row(
+        lambda c: c.memory.lora_precision == "base" and c.adapter.init in ("pissa", "olora") and c.adapter.init,
+        "memory.lora_precision must be fp32 with adapter.init = {}, whose small first steps are lost in 16 bits",
+    ),
     # The run itself
     Row(
         lambda c: not _is_file_name(c.run.name),

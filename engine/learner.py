@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lorasmith.engine.adapters import Adapter
-from lorasmith.engine.block_checkpointing import checkpoint_blocks
+from lorasmith.engine.block_checkpointing import CheckpointedBlocks, checkpoint_blocks
 from lorasmith.engine.compute import build_scaler
 from lorasmith.engine.config import RunConfig
 from lorasmith.engine.dataset.loader import Batch, Loader
@@ -69,6 +69,8 @@ class Learner:
     memory: dict[str, Any] = field(default_factory=dict)
     pictures_at_once: int = 0
     """Pictures of a micro-batch that take memory together; 0: all of it."""
+    checkpointed: CheckpointedBlocks | None = None
+    """The blocks that are computed again in the backward pass; None: the settings ask for none."""
     before_update: Callable[[], None] | None = None
     """Called in each step when its gradients are there and nothing is changed yet; what it raises ends the step."""
 
@@ -255,8 +257,7 @@ def build_learner(
 ) -> Learner:
     """Put together the objective, optimizer and scaler that `config` asks for; dropout is switched on."""
     tell_family(family, config.objective)
-    if config.train.gradient_checkpointing:
-        enable_checkpointing(family, config)
+    checkpointed = enable_checkpointing(family, config) if config.train.gradient_checkpointing else None
     adapter.train()
     scaler = build_scaler(family.device, family.dtype)
     if scaler and config.optimizer.fused_backward:
@@ -277,6 +278,7 @@ def build_learner(
         scaler=scaler,
         average=_build_average(optimizer, adapter, config),
         fused=FusedBackward(optimizer, adapter.parameters()) if config.optimizer.fused_backward else None,
+        checkpointed=checkpointed,
     )
 
 
@@ -289,12 +291,13 @@ def _build_average(
     return WeightAverage(adapter.parameters(), decay) if decay else None
 
 
-def enable_checkpointing(family: Family, config: RunConfig) -> None:
+def enable_checkpointing(family: Family, config: RunConfig) -> CheckpointedBlocks:
     """Keep only some activations of the trained networks, and compute the others again in the backward pass."""
-    checkpoint_blocks(family, config.memory.checkpoint_share, config.memory.offload_activations)
+    checkpointed = checkpoint_blocks(family, config.memory.checkpoint_share, config.memory.offload_activations)
     if config.adapter.text_encoder:
         for encoder in family.text_encoders.values():
             encoder_any: Any = encoder
             encoder_any.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             # transformers checkpoints in train mode only; these encoders have no dropout of their own.
             encoder.train()
+    return checkpointed

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lorasmith.engine.block_checkpointing import denoiser_blocks
+from lorasmith.engine.block_swap import BlockSwap, frozen_tensors, swap_blocks
 from lorasmith.engine.config import RunConfig
 from lorasmith.engine.errors import HardwareError
 from lorasmith.engine.learner import TensorGroups, enable_checkpointing
 from lorasmith.engine.out_of_memory import FREE_CACHE, Rung
+from lorasmith.engine.parking import available_bytes
 from lorasmith.engine.step_undo import StepUndo, prove_room, room_beside
 from lorasmith.engine.tensor_file import OneByOne
 from lorasmith.engine.training_parts import TrainingParts
@@ -74,6 +78,10 @@ class MemoryLadder:
             )
         if undo is not None:
             undo.put_back()
+        if learner.family.swapped is not None:
+            learner.family.swapped.release()
+        if learner.checkpointed is not None and learner.checkpointed.offloader is not None:
+            learner.checkpointed.offloader.reset()
         if learner.fused:
             learner.fused.cancel()
         learner.guard.settle()
@@ -89,12 +97,16 @@ class MemoryLadder:
         rungs = [
             FREE_CACHE,
             Rung("apart", "encoders wait in main memory", lambda: family.save_memory("apart")),
-            Rung("checkpointing", "gradient checkpointing is on", self._enable_checkpointing),
+            Rung("checkpointing", "gradient checkpointing is on for all blocks", self._checkpoint_all),
         ]
         size = learner.config.train.batch_size
         while size > 1:
             size = (size + 1) // 2
             rungs.append(self._split(size))
+        words = "what checkpointed blocks keep waits in main memory"
+        rungs.append(Rung("offload", words, self._offload))
+        blocks = len(denoiser_blocks(family))
+        rungs += [self._swap(count, blocks) for count in sorted({blocks // 4, blocks // 2, blocks} - {0})]
         return rungs
 
     def _split(self, size: int) -> Rung:
@@ -106,18 +118,52 @@ class MemoryLadder:
         whole = self._learner.config.train.batch_size
         return Rung(f"pictures {size}", f"{words} taken at a time instead of {whole}, with the same result", take)
 
-    def _enable_checkpointing(self) -> bool:
-        config = self._learner.config
-        if config.train.gradient_checkpointing:
+    def _checkpoint_all(self) -> bool:
+        before = self._learner.checkpointed
+        if before is not None and len(before.names) == before.total:
             return False
-        enable_checkpointing(self._learner.family, config)
+        self._checkpoint(offload=before is not None and before.offloader is not None)
         return True
+
+    def _offload(self) -> bool:
+        before = self._learner.checkpointed
+        if not has_own_memory(self._learner.family.device) or (before is not None and before.offloader is not None):
+            return False
+        self._checkpoint(offload=True)
+        return True
+
+    def _checkpoint(self, *, offload: bool) -> None:
+        memory = self._learner.config.memory.model_copy(
+            update={"checkpoint_share": 1.0, "offload_activations": offload}
+        )
+        config = self._learner.config.model_copy(update={"memory": memory})
+        self._learner.checkpointed = enable_checkpointing(self._learner.family, config)
+
+    def _swap(self, count: int, blocks: int) -> Rung:
+        family = self._learner.family
+
+        def take() -> bool:
+            swapped = family.swapped.blocks if isinstance(family.swapped, BlockSwap) else []
+            if not has_own_memory(family.device) or len(swapped) >= count:
+                return False
+            room = sum(tensor.nbytes for _, block in denoiser_blocks(family) for tensor in frozen_tensors(block))
+            if room * count / blocks > available_bytes():
+                return False
+            swap_blocks(family, count)
+            return True
+
+        return Rung(f"swap {count}", f"the weights of {count} of {blocks} blocks wait in main memory", take)
+
+
+def has_own_memory(device: torch.device) -> bool:
+    """Tell whether what is moved to main memory leaves the device's memory."""
+    return device.type != "cpu"
 
 
 def _fix(config: RunConfig) -> str:
     return (
         f"Lower dataset.resolution (now {config.dataset.resolution}) or adapter.rank (now {config.adapter.rank}), or "
-        "set optimizer.name to adamw8bit, in a new run. Or close other programs that use this memory, then resume."
+        "set memory.quantize to fp8 or nf4, in a new run. Or close other programs that use this memory, then resume."
     )
 
 

@@ -97,6 +97,9 @@ def park(parts: TrainingParts) -> float:
     card = card_of(parts.learner.family.device)
     if card is None:
         return 0.0
+    if swapped := parts.learner.family.swapped:
+        # Copies of what main memory holds already; they come again with the first step.
+        swapped.release()
     parts.parking, freed = clear(card, [parts.learner, parts.material])
     return freed / GIB
 

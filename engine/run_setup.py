@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from lorasmith.engine.adapters import Adapter, attach_adapter
+from lorasmith.engine.block_swap import swap_blocks
 from lorasmith.engine.checkpoints import Checkpoint, remove_unfinished
 from lorasmith.engine.combinations import base_contradictions
 from lorasmith.engine.compatibility import compatibility_problems, require_compatible
@@ -38,6 +39,7 @@ from lorasmith.engine.holdout import HeldOut, plan_held_out, require_pictures, s
 from lorasmith.engine.learner import Learner, build_learner
 from lorasmith.engine.lora_files import start_adapter
 from lorasmith.engine.memory import unfound_patterns, weights_bytes
+from lorasmith.engine.memory.blocks import block_problems
 from lorasmith.engine.out_of_memory import FREE_CACHE, Rung, Rungs
 from lorasmith.engine.previews import preview_prompts
 from lorasmith.engine.resume import is_extended
@@ -111,6 +113,7 @@ def find_base(config: RunConfig, emit: Callable[[Event], None]) -> FoundBase:
         identity = dataclasses.replace(identity, prediction=config.base.prediction)
     emit(Logged(severity="info", message=f"Base model: {identity.label} ({files.origin})."))
     problems = base_contradictions(config, module.SPEC, identity)
+    problems += block_problems(config.memory, identity)
     if problems := problems + unfound_patterns(config.adapter, module.SPEC, files):
         raise ConfigError(
             f"The settings do not suit the base model, {identity.label}: {'; '.join(problems)}.",
@@ -158,7 +161,7 @@ def load_base(
     rungs = rungs or Rungs(emit)
     needed = sum(weights_bytes(base.files).values())
     ladder = [FREE_CACHE, Rung("apart", "parts are loaded one after another, encoders once needed", lambda: True)]
-    return rungs.attempt(
+    family = rungs.attempt(
         "load",
         lambda: base.module.load(
             base.files,
@@ -171,6 +174,9 @@ def load_base(
         fix=f"The weights are {readable_size(needed)} in their files. Close other programs that use this memory, set "
         "train.precision to bf16, or choose a smaller base model.",
     )
+    if settings and settings.tile_pictures:
+        family.save_memory("tiles")
+    return family
 
 
 def adapt(
@@ -262,12 +268,27 @@ def build_training(
     encoded = encoder.encode([*material.prompts, config.previews.negative_prompt, *held.prompts])
     if encoded is None:
         return None
-    family.release_encoders(keep_text=encoded.conditionings is None)
+    _settle_denoiser(family, config, keep_text=encoded.conditionings is None, rungs=rungs or Rungs(emit))
     loader = Loader(material.plan, encoded.pictures.latents, config, encoded.pictures.masks)
     learner = build_learner(family, adapter, loader, encoded.conditionings, config)
     if held.samples:
         learner.held_out = dataclasses.replace(held, latents=encoded.pictures.latents, masks=encoded.pictures.masks)
     return learner
+
+
+def _settle_denoiser(family: Family, config: RunConfig, *, keep_text: bool, rungs: Rungs) -> None:
+    """Let the encoders go, and bring the denoiser to the device, but for the blocks that are swapped.
+
+    Raises HardwareError where it has no room there.
+    """
+
+    def settle() -> None:
+        family.release_encoders(keep_text=keep_text)
+        if config.memory.swapped_blocks:
+            swap_blocks(family, config.memory.swapped_blocks)
+
+    fix = "Set memory.quantize to fp8 or nf4, raise memory.swapped_blocks, or choose a smaller base model."
+    rungs.attempt("load", settle, [FREE_CACHE], fix=fix)
 
 
 def remove_leftovers(run: RunPaths) -> None:

@@ -30,8 +30,13 @@ def change_of(module: AdapterModule) -> Tensor:
 
 
 def base_weight(layer: Any) -> Tensor:
-    """Return the frozen weight inside an adapted layer as fp32, also where it is quantized."""
-    return full_weight(layer.get_base_layer()).float()
+    """Return the frozen weight inside an adapted layer as fp32, also where it is quantized, beside what is trained.
+
+    The weights of a swapped block lie in main memory while it does not compute.
+    """
+    weight = full_weight(layer.get_base_layer())
+    trained = next((tensor for tensor in layer.parameters() if tensor.requires_grad), weight)
+    return weight.to(trained.device).float()
 
 
 def row_norms(module: AdapterModule) -> Tensor:

@@ -24,6 +24,7 @@ from lorasmith.engine.families import (
     PictureRequest,
     Placement,
     Quantization,
+    SwappedBlocks,
     present_text_parts,
 )
 from lorasmith.engine.families import _loading as loading
@@ -61,11 +62,16 @@ class LoadedModel:
         self.guidance = 1.0
         self.tile_side = 0
         self.placement = placement
+        self.swapped: SwappedBlocks | None = None
         apart = placement.apart
         self._apart, self._draws_on_cpu, self._encodes_images = apart, False, True
         self.noise_schedule: Mapping[str, Any] = self.load_noise_schedule()
         self.tokenizers = [] if loading.builds_skeletons() else self.load_tokenizers()
-        self.denoiser: torch.nn.Module = self._settled(self.load_denoiser(), placement.quantize)
+        waits = apart or placement.swapped_blocks > 0
+        self.denoiser: torch.nn.Module = self._settled(self.load_denoiser(), placement.quantize, waits=waits)
+        self._first_use: Any = None
+        if waits:
+            self._first_use = self.denoiser.register_forward_pre_hook(lambda *_: self._wake_denoiser())
         self.text_encoders: dict[Component, torch.nn.Module] = {}
         self._vae: Any = None
         for component in present_text_parts(self.spec, identity):
@@ -237,6 +243,20 @@ class LoadedModel:
         self._vae, self._encodes_images = None, False
         gc.collect()
         torch.cuda.empty_cache()
+        if not self.placement.swapped_blocks:
+            self._wake_denoiser()
+
+    def _wake_denoiser(self) -> None:
+        """Bring a denoiser that waits in main memory to the device, unless its blocks are swapped."""
+        if self._first_use is None:
+            return
+        if self.swapped is None:
+            self.denoiser.to(self.device)
+        self._first_use.remove()
+        self._first_use = None
+
+    def _move_denoiser(self, device: torch.device) -> None:
+        (self.denoiser if self.swapped is None else self.swapped).to(device)
 
     def save_memory(self, measure: MemoryMeasure) -> bool:
         """Need less memory from now on; see `Family`."""
@@ -262,17 +282,18 @@ class LoadedModel:
         """Let everything that draws be on the processor inside, where that was asked for."""
         import torch
 
+        self._wake_denoiser()
         if not self._draws_on_cpu:
             yield
             return
         device, self.device = self.device, torch.device("cpu")
         try:
-            self.denoiser.to(self.device)
+            self._move_denoiser(self.device)
             yield
         finally:
             self.device = device
             # The allocator's cache was not given back, so that there is room for the way back.
-            self.denoiser.to(device)
+            self._move_denoiser(device)
 
     def _settled(self, module: torch.nn.Module, quantization: Quantization, *, waits: bool = False) -> torch.nn.Module:
         """Lay a part just loaded on the device, or where it `waits` in main memory; packed on the device either way."""

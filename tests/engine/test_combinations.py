@@ -103,6 +103,18 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         "adapter.text_encoder",
         {"adapter.text_encoder": False},
     ),
+    ({"memory.checkpoint_share": 0.5}, "train.gradient_checkpointing", {"train.gradient_checkpointing": True}),
+    ({"memory.offload_activations": True}, "train.gradient_checkpointing", {"memory.offload_activations": False}),
+    (
+        {"memory.lora_precision": "base", "adapter.kind": "oft"},
+        "memory.lora_precision",
+        {"memory.lora_precision": "fp32"},
+    ),
+    (
+        {"memory.lora_precision": "base", "adapter.init": "pissa"},
+        "memory.lora_precision",
+        {"adapter.init": "default"},
+    ),
 ]
 
 
