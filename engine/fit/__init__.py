@@ -111,7 +111,7 @@ def _fit(
     verdict: Verdict, problem: Problem, room: Room, found: Candidate, limits: Limits, fixed: frozenset[str]
 ) -> Fit:
     now = levers_of(problem.subject.config).key_values()
-    wanted = {key: value for key, value in found.levers.key_values().items() if value != now[key]}
+    wanted = {key: value for key, value in found.levers.key_values().items() if value != now.get(key)}
     chosen = with_levers(problem.subject, found.levers)
     nearest = ""
     if verdict != "fits":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine.advisor import read_preset
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lorasmith.engine.config import RunConfig
     from lorasmith.engine.memory.forecast import Subject
 
+_FORMATS, _MULTIPLIED = ("none", "int8", "fp8", "nf4"), ("int8", "fp8")
 EIGHTHS = tuple(eighth / 8 for eighth in range(9))
 _SWAP_LEVELS = 12
 _IN_8_BITS: Mapping[str, str] = {
@@ -61,31 +62,27 @@ class Levers:
     resolution: int
 
     def key_values(self) -> dict[str, Any]:
-        """Return the levers as settings by dotted key."""
+        """Return the levers as settings by dotted key; without checkpointing its share must be whole."""
         values = {key: getattr(self, name) for name, key in FIELDS.items()}
         values["train.gradient_checkpointing"] = self.checkpointed > 0
-        # The share means nothing without checkpointing: its default says so best.
         values["memory.checkpoint_share"] = self.checkpointed or 1.0
         return values
-
-    def changes(self, other: Levers) -> int:
-        """Count the levers whose values differ."""
-        return sum(getattr(self, item.name) != getattr(other, item.name) for item in fields(self))
 
 
 @dataclass(frozen=True)
 class Choices:
     """The values that each lever may take for a run: those that the user fixed have one.
 
-    `checkpointed` and `swapped` rise; `quantize`, `lora` and `optimizer` begin with the best quality; `batches` are
-    (pictures at once, batches added up) with the same effect, the largest first; `resolutions` fall.
+    `checkpointed` and `swapped` rise; `quantize`, `lora` and `optimizer` begin with the best quality; `matmul` is by
+    the base's format; `batches` are (pictures at once, batches added up) with the same effect, the largest first;
+    `resolutions` fall.
     """
 
     start: Levers
     checkpointed: tuple[float, ...]
     swapped: tuple[int, ...]
     quantize: tuple[str, ...]
-    matmul: Mapping[str, bool]
+    matmul: Mapping[str, tuple[bool, ...]]
     lora: tuple[str, ...]
     optimizer: tuple[str, ...]
     batches: tuple[tuple[int, int], ...]
@@ -136,11 +133,13 @@ def choices(
     start = levers_of(subject.config)
     open_ = _Open(fixed, unusable)
     trained = subject.config.adapter.text_encoder
+    texts = _quantizations("quantize_text", start.quantize_text, _FORMATS, open_)
+    multiplies = start.matmul and FIELDS["matmul"] in fixed
     return Choices(
         start=start,
         checkpointed=_checkpointed(start, open_),
         swapped=open_.of("swapped", start.swapped, _swap_levels(subject.model.num_blocks)),
-        quantize=_quantizations("quantize", start.quantize, open_),
+        quantize=_quantizations("quantize", start.quantize, _MULTIPLIED if multiplies else _FORMATS, open_),
         matmul=_multiplies(start, open_, card),
         lora=open_.of("lora", start.lora, ("fp32", "base") if _in_bf16(subject.config, card) else ("fp32",)),
         optimizer=_optimizers(start, open_),
@@ -148,9 +147,7 @@ def choices(
         offload=open_.of("offload", start.offload, (False, True)),
         apart=open_.of("apart", start.apart, (False, True)),
         tiles=open_.of("tiles", start.tiles, (False, True)),
-        quantize_text=(start.quantize_text,)
-        if trained
-        else _quantizations("quantize_text", start.quantize_text, open_),
+        quantize_text=(start.quantize_text,) if trained else texts,
         resolutions=() if FIELDS["resolution"] in fixed else _lower_resolutions(subject, start),
     )
 
@@ -177,7 +174,9 @@ def _checkpointed(start: Levers, open_: _Open) -> tuple[float, ...]:
         if start.checkpointed == 0:
             return (0.0,)
         return (start.checkpointed,) if share_fixed else EIGHTHS[1:]
-    return (0.0, start.checkpointed or 1.0) if share_fixed else EIGHTHS
+    if share_fixed and start.checkpointed not in (0.0, 1.0):
+        return (start.checkpointed,)
+    return (0.0, 1.0) if share_fixed else EIGHTHS
 
 
 def _swap_levels(blocks: int) -> tuple[int, ...]:
@@ -186,21 +185,24 @@ def _swap_levels(blocks: int) -> tuple[int, ...]:
     return tuple(sorted({round(most * level / _SWAP_LEVELS) for level in range(_SWAP_LEVELS + 1)}))
 
 
-def _quantizations(lever: str, now: str, open_: _Open) -> tuple[str, ...]:
-    formats = open_.of(lever, now, ("none", "int8", "fp8", "nf4"))
+def _quantizations(lever: str, now: str, known: tuple[str, ...], open_: _Open) -> tuple[str, ...]:
+    formats = open_.of(lever, now, known)
     if "int8" in formats and FIELDS[lever] not in open_.fixed:
         # As large as fp8 and more exact; fp8 is for machines where int8 does not work.
         return tuple(name for name in formats if name != "fp8")
     return formats
 
 
-def _multiplies(start: Levers, open_: _Open, card: CardSpeed | None) -> dict[str, bool]:
-    """Return for each format whether products in it may be chosen, or were by the user."""
+def _multiplies(start: Levers, open_: _Open, card: CardSpeed | None) -> dict[str, tuple[bool, ...]]:
+    """Return for each format of the base whether products in it may be had, the usual first."""
     if FIELDS["matmul"] in open_.fixed:
-        return dict.fromkeys(("int8", "fp8"), start.matmul)
-    allowed = True in open_.of("matmul", False, (False, True))
+        return dict.fromkeys(_FORMATS, (start.matmul,))
     able = {"int8": _MULTIPLIES_INT8, "fp8": _MULTIPLIES_FP8}
-    return {name: allowed and card is not None and card.capability >= needs for name, needs in able.items()}
+    found: dict[str, tuple[bool, ...]] = dict.fromkeys(_FORMATS, (False,))
+    for name, needs in able.items():
+        if card is not None and card.capability >= needs:
+            found[name] = open_.of("matmul", False, (False, True))
+    return found
 
 
 def _in_bf16(config: RunConfig, card: CardSpeed | None) -> bool:

@@ -10,6 +10,7 @@ from lorasmith.engine.errors import BaseModelError, HardwareError
 from lorasmith.engine.families import families, identify_base
 from lorasmith.engine.fit import Room
 from lorasmith.engine.memory import ModelMemory, find_memory, model_memories
+from lorasmith.engine.memory.calibration import CardKey, read
 from lorasmith.engine.memory.forecast import Subject
 from lorasmith.engine.sources import BaseFiles, is_hub_id, locate_configured, on_hub
 from lorasmith.engine.step_time import card_speed
@@ -100,4 +101,5 @@ def _unknown(name: str) -> BaseModelError:
 
 def _calibration(gpu: Gpu, family: str) -> tuple[float, float]:
     """Return measured over forecast memory and seconds on this card; 1 where nothing was measured."""
-    return 1.0, 1.0
+    found = read(CardKey(gpu.name, gpu.driver or "", family))
+    return found.memory, found.seconds

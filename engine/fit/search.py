@@ -66,6 +66,7 @@ class Problem:
     card: CardSpeed | None
     choices: Choices
     ask: Callable[[Subject], Forecast]
+    lacked_ram: bool = False
     _known: dict[Levers, Forecast] = field(default_factory=dict)
     _parts: dict[Levers, StepParts] = field(default_factory=dict)
     _swapped: dict[tuple[str, bool, bool, int], int] = field(default_factory=dict)
@@ -120,14 +121,24 @@ def fastest(problem: Problem, limits: Limits) -> Candidate | None:
     """Return the plan of the least cost that fits, with no lever pulled that is not needed; None where none fits."""
     choices = problem.choices
     found = None
-    if limits.lacking(smallest(problem).forecast) == "vram":
+    if _impossible(problem, limits):
         return None
-    for apart in reversed(choices.apart):
-        base = replace(
-            choices.start, apart=apart, tiles=choices.tiles[-1], quantize_text=choices.quantize_text[-1], matmul=False
-        )
+    # What lies apart waits in main memory: the other way can only be better where that is what lacks.
+    for apart in choices.apart[-1:] + choices.apart[:-1]:
+        if apart != choices.apart[-1] and not problem.lacked_ram:
+            break
+        base = replace(choices.start, apart=apart, tiles=choices.tiles[-1], quantize_text=choices.quantize_text[-1])
         found = _search(problem, limits, base, found) or found
     return None if found is None else _relaxed(problem, limits, _multiplying(problem, limits, found))
+
+
+def _impossible(problem: Problem, limits: Limits) -> bool:
+    """Tell whether even the plans that take least of the card and of main memory do not fit."""
+    choices, least = problem.choices, smallest(problem)
+    if limits.lacking(least.forecast) in ("vram", "disk"):
+        return True
+    light = replace(least.levers, swapped=choices.swapped[0], offload=choices.offload[0], apart=choices.apart[0])
+    return problem.forecast(light).ram_gib > limits.ram_gib
 
 
 def smallest(problem: Problem) -> Candidate:
@@ -140,7 +151,7 @@ def smallest(problem: Problem) -> Candidate:
             checkpointed=choices.checkpointed[-1],
             quantize=choices.quantize[-1],
             quantize_text=choices.quantize_text[-1],
-            matmul=choices.start.matmul and choices.quantize[-1] == choices.start.quantize,
+            matmul=choices.matmul[choices.quantize[-1]][0],
             swapped=choices.swapped[-1],
             offload=choices.offload[-1],
             lora=choices.lora[-1],
@@ -173,6 +184,7 @@ def _combinations(problem: Problem, base: Levers) -> Iterator[tuple[float, Lever
         levers = replace(
             base,
             quantize=quantize,
+            matmul=choices.matmul[quantize][0],
             lora=lora,
             batch=batch[0],
             accumulation=batch[1],
@@ -201,6 +213,7 @@ def _staircase(problem: Problem, limits: Limits, levers: Levers, best: Candidate
 
     pairs = _pairs(problem, levers, math.inf if best is None else best.cost)
     if any(lacking(pair) == "ram" for pair in _saving_most(pairs)):
+        problem.lacked_ram = True
         most = problem.most_swapped(levers, limits)
         pairs = [pair for pair in pairs if pair.swapped <= most]
     if not any_fits(pairs):
@@ -249,7 +262,7 @@ def _saving_most(pairs: Sequence[_Pair]) -> list[_Pair]:
 
 def _multiplying(problem: Problem, limits: Limits, found: Candidate) -> Candidate:
     """Return the plan with products in 8 bits, where the base is kept in 8 bits anyway and that is clearly faster."""
-    if not problem.choices.matmul.get(found.levers.quantize):
+    if True not in problem.choices.matmul[found.levers.quantize]:
         return found
     plan = replace(found.levers, matmul=True)
     if problem.seconds(plan) * _MATMUL_WORTH > found.seconds or limits.lacking(problem.forecast(plan)):

@@ -65,12 +65,17 @@ RUNS = st.builds(
     train=st.fixed_dictionaries(
         {
             "batch_size": st.sampled_from([1, 4]),
-            "gradient_checkpointing": st.booleans(),
+            "gradient_checkpointing": st.just(True),
             "precision": st.sampled_from(["auto", "fp16"]),
         }
     ),
     memory=st.fixed_dictionaries(
-        {"quantize": st.sampled_from(["none", "nf4"]), "swapped_blocks": st.sampled_from([0, 9])}
+        {
+            "quantize": st.just("int8"),
+            "quantized_matmul": st.booleans(),
+            "swapped_blocks": st.sampled_from([0, 9]),
+            "checkpoint_share": st.sampled_from([0.3, 1.0]),
+        }
     ),
 )
 FREE = st.floats(2.0, 100.0)
