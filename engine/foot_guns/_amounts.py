@@ -19,6 +19,11 @@ EMA_SHARE = 3.0
 WORTH_KEEPING = 500
 """Shorter runs are tried out and need one checkpoint; a judgement."""
 
+PREVIEW_SHARE = 1.0
+"""Previews are worth at most as much time as the training; a judgement."""
+STEP_FORWARDS = 3
+"""A step computes each picture forward once and backward, which takes twice as long."""
+
 
 def _pictures_few(case: Case) -> FootGun | None:
     aim, count = aim_of(case.around.goal), case.num_pictures
@@ -174,6 +179,35 @@ def _kept_once(case: Case) -> FootGun | None:
     )
 
 
+def _previews_long(case: Case) -> FootGun | None:
+    previews, steps = case.config.previews, case.config.train.steps
+    one, training = _forwards_of_preview(case), STEP_FORWARDS * steps * case.pictures_per_step
+    if not case.preset or not previews.every or steps // previews.every * one <= PREVIEW_SHARE * training:
+        return None
+    times = int(PREVIEW_SHARE / 2 * training / one)
+    every = -(-steps // times) if times else 0
+    pictures = max(1, len(previews.prompts)) * len(set(previews.seeds))
+    return FootGun(
+        "previews-long",
+        f"{steps // previews.every} previews of {pictures} picture{'s' if pictures > 1 else ''} take about "
+        f"{steps // previews.every * one / training:.1f} times as long as the training itself.",
+        {"previews.every": every},
+        f"Set previews.every to {every}{'' if every else ', which is never'}, or draw fewer prompts, seeds or "
+        "previews.steps.",
+    )
+
+
+def _forwards_of_preview(case: Case) -> int:
+    """Return how often the denoiser runs for one preview, in pictures."""
+    previews = case.config.previews
+    details = case.identity.details if case.identity is not None else {}
+    steps = previews.steps or int(details.get("draw_steps", case.spec.draw_steps))
+    guidance = previews.guidance or float(details.get("draw_guidance", case.spec.draw_guidance))
+    # A base with built-in guidance, which presets then name, draws in one run a step; others in two.
+    runs = 2 if guidance > 1 and case.usual("objective.guidance") is None else 1
+    return max(1, len(previews.prompts)) * len(set(previews.seeds)) * steps * runs
+
+
 ROWS: tuple[Callable[[Case], FootGun | None], ...] = (
     _pictures_few,
     _pictures_many,
@@ -186,4 +220,5 @@ ROWS: tuple[Callable[[Case], FootGun | None], ...] = (
     _warmup_long,
     _average_slow,
     _kept_once,
+    _previews_long,
 )

@@ -181,10 +181,10 @@ def _real_word(case: Case) -> FootGun | None:
     trigger = case.config.captions.trigger.strip()
     if not trigger or not (case.trigger_known or trigger.casefold() in CLASS_WORDS):
         return None
+    known = case.trigger_known or f"“{trigger}” is a word that the base knows."
     return FootGun(
         "real-word-trigger",
-        case.trigger_known
-        or f"“{trigger}” is a word that the base knows: the LoRA has to unlearn it, and every prompt with it changes.",
+        f"{known} The LoRA has to unlearn its meaning, and every prompt with it changes.",
         {"captions.trigger": RARE_WORD},
         f"Take a rare word of letters, such as {RARE_WORD}, as captions.trigger.",
     )

@@ -105,6 +105,8 @@ TABLE = (
     Bad("average-slow", "flux1", {"train.ema_decay": 0.9999}, {"train.ema_decay": 0.99}),
     Bad("kept-once", "flux1", {"checkpoints.every": 0}, {"checkpoints.every": 900}),
     Bad("kept-once", "flux1", {"checkpoints.keep": 1}, {"checkpoints.keep": 2}),
+    Bad("previews-long", "sdxl", {"previews.every": 20}, {"previews.every": 100}),
+    Bad("previews-long", "flux1", {"previews.every": 1, "train.steps": 1000}, {"previews.every": 0}),
     Bad("no-meaning", "flux1", {"objective.min_snr_gamma": 5.0, "objective.noise_offset": 0.05}),
     Bad("no-meaning", "sdxl", {"objective.timestep_sampling": "sigmoid"}),
     Bad(
