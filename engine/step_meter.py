@@ -52,6 +52,8 @@ class StepMeter:
         self._good_step = 0
         self.bad_steps: list[NotFinite] = []
         """Left-out steps that count: none is `WINDOW` steps older than the last one read."""
+        self.seconds_per_step = 0.0
+        """The pace at the last reading; 0 before."""
 
     def resume(self, step: int, bad_steps: list[tuple[int, str]]) -> None:
         """Go on after `step` steps, of which (number, "loss" or "gradient") were left out."""
@@ -115,7 +117,7 @@ class StepMeter:
         known = self._known
         if not known.losses:
             return
-        seconds = running_seconds() - self._since
+        self.seconds_per_step = (running_seconds() - self._since) / len(known.losses)
         epoch = self._learner.loader.epoch_of((step * self._learner.config.train.gradient_accumulation) - 1) + 1
         self._known = _Known()
         self._emit(
@@ -125,7 +127,7 @@ class StepMeter:
                 losses=known.losses,
                 learning_rate=self._learner.learning_rate(),
                 grad_norm=known.norms[-1],
-                seconds_per_step=seconds / len(known.losses),
+                seconds_per_step=self.seconds_per_step,
             )
         )
         self.start()

@@ -37,6 +37,7 @@ from lorasmith.engine.run_setup import (
     warn_of_foot_guns,
 )
 from lorasmith.engine.saving import Saver
+from lorasmith.engine.step_calibration import StepCalibration
 from lorasmith.engine.step_meter import NotFiniteError
 from lorasmith.engine.training_adapter import require_same
 from lorasmith.engine.training_parts import TrainingParts
@@ -95,6 +96,7 @@ class Training:
         self.parts = parts
         self.ladder = MemoryLadder(parts)
         self.saver = Saver(parts)
+        self.calibration = StepCalibration(parts)
 
     def resume(self, checkpoint: Checkpoint | None) -> None:
         """Take over the weights and optimizer of a checkpoint; raises CheckpointError where the dataset changed."""
@@ -134,6 +136,7 @@ class Training:
             time.sleep(YIELD_SECONDS)
             if controls.step % log_every == 0:
                 meter.read(controls.step)
+                self.calibration.read()
             elif meter.is_due:
                 meter.look(controls.step)
             self.between_steps()
@@ -155,6 +158,7 @@ class Training:
             if self.saver.save_refused():
                 parts.meter.start()
             return
+        self.calibration.disturb()
         if save:
             self.saver.save()
         if validation:
