@@ -9,6 +9,7 @@ check, and the doctor goes on. Torch-free: the checks that need torch are made i
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -81,16 +82,16 @@ def run_checks(
     start = on_start or _nothing
     wanted = [name for names in GROUPS.values() for name in names if name in steps or name in trials.TRIALS]
     found: list[Check] = []
-    tried = trials.run_trials([name for name in wanted if name in trials.TRIALS], on_start)
-    for name in wanted:
-        if name in steps:
-            start(name)
-            check = _run(name, steps[name])
-        else:
-            check = next(tried)
-        found.append(check)
-        if on_check:
-            on_check(check)
+    with closing(trials.run_trials([name for name in wanted if name in trials.TRIALS], start)) as tried:
+        for name in wanted:
+            if name in steps:
+                start(name)
+                check = _run(name, steps[name])
+            else:
+                check = next(tried)
+            found.append(check)
+            if on_check:
+                on_check(check)
     remember([check for check in found if check.name in trials.TRIALS], state)
     return found
 
@@ -100,7 +101,8 @@ def retry(names: list[str], device: str = "auto") -> list[Check]:
 
     `device` is what `train.device` is set to.
     """
-    checks = list(trials.run_trials(names, device=device))
+    with closing(trials.run_trials(names, device=device)) as tried:
+        checks = list(tried)
     # What is known is known of the card, where there is one.
     if device != "cpu" or not snapshot().gpus:
         remember(checks)
@@ -137,14 +139,10 @@ def _steps(state: HardwareSnapshot, output: Path, ask_hub: bool) -> dict[str, _S
         "terminal": _Step(terminals.check_terminal),
         "tmux": _Step(tmux.check_tmux),
     }
-    folders = {
-        "output folder": (lambda: output, "run.output_folder"),
-        "cache folder": (cache_folder, "the variable LORASMITH_CACHE"),
-        "models folder": (hub_access.models_folder, "the variable HF_HOME"),
-    }
     speeds: dict[int, disks.Speed] = {}
-    for name, (folder, setting) in folders.items():
-        steps[name] = _Step(_disk_check(name, folder, setting, speeds), DISK_SECONDS)
+    folders = {disks.OUTPUT: lambda: output, disks.CACHE: cache_folder, disks.MODELS: hub_access.models_folder}
+    for use, folder in folders.items():
+        steps[use.name] = _Step(_disk_check(use, folder, speeds), DISK_SECONDS)
     if not ask_hub:
         return steps | {"hub": _Step(lambda: Check("hub", "skip", "not asked; lorasmith doctor --hub does"))}
     return steps | {
@@ -154,10 +152,8 @@ def _steps(state: HardwareSnapshot, output: Path, ask_hub: bool) -> dict[str, _S
     }
 
 
-def _disk_check(
-    name: str, folder: Callable[[], Path], setting: str, speeds: dict[int, disks.Speed]
-) -> Callable[[], Check]:
-    return lambda: disks.check_disk(name, folder(), setting, speeds)
+def _disk_check(use: disks.Use, folder: Callable[[], Path], speeds: dict[int, disks.Speed]) -> Callable[[], Check]:
+    return lambda: disks.check_disk(use, folder(), speeds)
 
 
 def _nothing(name: str) -> None:

@@ -17,12 +17,53 @@ from lorasmith.engine.doctor.file_systems import IN_MEMORY, WITHOUT_LINKS, FileS
 from lorasmith.engine.nvml import GIB
 from lorasmith.engine.storage import ADVICE, CANNOT_SYNC, nearest_existing
 
-LOW_DISK_GIB, MINIMUM_DISK_GIB = 10.0, 1.0
+MINIMUM_DISK_GIB: Final = 1.0
 SLOW_MIB_PER_SECOND: Final = 20.0
 """Below this, saving a LoRA of 200 MiB takes over ten seconds."""
 TRIAL_MIB: Final = 64
 TRIAL_SECONDS: Final = 0.8
 _CHUNK_MIB: Final = 4
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a folder is for: its name, the setting that chooses another, how much room is little, and what fails.
+
+    `keeps` where its content cannot simply be computed again.
+    """
+
+    name: str
+    setting: str
+    low_gib: float
+    little: str
+    without: str
+    keeps: bool
+
+
+OUTPUT: Final = Use(
+    name="output folder",
+    setting="run.output_folder",
+    low_gib=10.0,
+    little="Enough for a small run only.",
+    without="No training can start.",
+    keeps=True,
+)
+CACHE: Final = Use(
+    name="cache folder",
+    setting="the variable LORASMITH_CACHE",
+    low_gib=10.0,
+    little="Enough for a small dataset only.",
+    without="No training can start: what pictures are encoded to is kept there.",
+    keeps=False,
+)
+MODELS: Final = Use(
+    name="models folder",
+    setting="the variable HF_HOME",
+    low_gib=40.0,
+    little="Large base models take 24 GiB and more.",
+    without="No base model can be downloaded.",
+    keeps=True,
+)
 
 
 @dataclass(frozen=True)
@@ -33,45 +74,44 @@ class Speed:
     read: float
 
 
-def check_disk(name: str, folder: Path, setting: str, known: dict[int, Speed] | None = None) -> Check:
+def check_disk(use: Use, folder: Path, known: dict[int, Speed] | None = None) -> Check:
     """The folder, or the one in which it would be made, can be written to, has room and is not slow.
 
-    `setting` is what the user changes to choose another; `known` are the speeds of disks that were measured before, to
-    which this one's is added. Nothing is left behind.
+    `known` are the speeds of disks that were measured before, to which this one's is added. Nothing is left behind.
     """
     place = nearest_existing(folder.expanduser())
-    where = f"Choose another folder with {setting}."
+    where = f"Choose another folder with {use.setting}."
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        return Check(name, "fail", f"{place} cannot be written to.", where, "No training can start.")
+        return Check(use.name, "fail", f"{place} cannot be written to.", where, use.without)
     free = shutil.disk_usage(place).free / GIB
     system = file_system_of(place)
     detail = f"{free:.1f} GiB free in {place}{f' ({system.kind})' if system.kind else ''}"
     if free < MINIMUM_DISK_GIB:
-        return Check(name, "fail", detail, f"Free some space. {where}", "A training would end at its first save.")
+        return Check(use.name, "fail", detail, f"Free some space. {where}", use.without)
     try:
         speed = _measure_once(place, {} if known is None else known)
     except OSError as error:
         fix = ADVICE.get(error.errno or 0, where)
-        return Check(name, "fail", f"{detail}; {error.strerror or error}", fix, "No training can start.")
+        return Check(use.name, "fail", f"{detail}; {error.strerror or error}", fix, use.without)
     detail += f", writes {speed.write:.0f} and reads {speed.read:.0f} MiB/s"
-    if free < LOW_DISK_GIB:
-        return Check(name, "warn", detail, f"Free some space. {where}", "Enough for a small run only.")
+    if free < use.low_gib:
+        return Check(use.name, "warn", detail, f"Free some space. {where}", use.little)
     if speed.write < SLOW_MIB_PER_SECOND:
-        return Check(name, "warn", detail, where, "Saving interrupts a training for a while each time.")
-    meaning = _drawback(system)
-    return Check(name, "warn", detail, where, meaning) if meaning else Check(name, "pass", detail)
+        return Check(use.name, "warn", detail, where, "Saving interrupts a training for a while each time.")
+    meaning = _drawback(system, use.keeps)
+    return Check(use.name, "warn", detail, where, meaning) if meaning else Check(use.name, "pass", detail)
 
 
-def _drawback(system: FileSystem) -> str:
+def _drawback(system: FileSystem, keeps: bool) -> str:
     if system.is_windows:
         return "A drive of Windows seen from WSL: reading pictures and saving are several times slower than in ~."
     if system.is_network:
         return "A network disk: trainings wait for it, and stop where it goes away."
-    if system.kind in IN_MEMORY:
+    if keeps and system.kind in IN_MEMORY:
         return "This folder lies in main memory: what is saved is lost when the machine restarts."
-    if system.kind == "overlay":
+    if keeps and system.kind == "overlay":
         return "This folder lies inside the container: what is saved is lost when the container is removed."
-    if system.kind in WITHOUT_LINKS:
+    if keeps and system.kind in WITHOUT_LINKS:
         return "A disk formatted for Windows: it keeps no links, so that downloads can take double room."
     return ""
 

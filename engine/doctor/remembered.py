@@ -16,7 +16,6 @@ from lorasmith.engine.errors import StorageError
 from lorasmith.engine.hardware import HardwareSnapshot, snapshot, torch_build
 from lorasmith.engine.storage import atomic_write, cache_folder, make_folder
 
-PACKAGES: Final = ("lorasmith", "bitsandbytes")
 _FORMAT: Final = 1
 logger = logging.getLogger("lorasmith.doctor")
 
@@ -63,12 +62,22 @@ def situation(machine: HardwareSnapshot) -> Mapping[str, Any]:
     build = torch_build()
     return {
         "python": platform.python_version(),
-        "torch": build.version if build else "",
+        "torch": [build.version if build else "", _installed_at("torch")],
         "cuda": build.cuda if build else None,
-        "packages": {name: _version(name) for name in PACKAGES},
+        "lorasmith": _version("lorasmith"),
+        "bitsandbytes": [_version("bitsandbytes"), _installed_at("bitsandbytes")],
         "driver": machine.gpus[0].driver if machine.gpus else None,
         "cards": sorted(f"{gpu.name} {gpu.uuid}" for gpu in machine.gpus),
     }
+
+
+def _installed_at(name: str) -> int:
+    """Return when a package was installed: one that was mended by installing it anew is another one."""
+    try:
+        place = importlib.metadata.distribution(name).locate_file(f"{name}/__init__.py")
+        return int(Path(str(place)).stat().st_mtime)
+    except (importlib.metadata.PackageNotFoundError, OSError):
+        return 0
 
 
 def _version(name: str) -> str:

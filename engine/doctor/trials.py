@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -50,13 +50,14 @@ ESSENTIAL: Final = (*FOUNDATIONS, "attention")
 """Without these nothing can be trained; the others are optional."""
 SECONDS: Final[Mapping[str, float]] = {"torch": 60.0, "cuda": 30.0, "bitsandbytes": 30.0}
 OTHER_SECONDS: Final = 15.0
-"""How long a trial may take; the first import on a slow disk takes most of it."""
+"""How long a trial may take; the first import from a slow disk takes most of it."""
 _ENDED: Final = None
 
 
-def seconds_for(name: str) -> float:
-    """Return how long this trial may take."""
-    return SECONDS.get(name, OTHER_SECONDS)
+def seconds_for(name: str, *, first: bool = False) -> float:
+    """Return how long this trial may take; the `first` of a child may take as long as the import of torch."""
+    own = SECONDS.get(name, OTHER_SECONDS)
+    return max(own, SECONDS["torch"]) if first and name != "torch" else own
 
 
 def try_here(name: str) -> Check:
@@ -82,10 +83,11 @@ def run_trials(
     names: Sequence[str],
     on_start: Callable[[str], None] | None = None,
     device: str = "auto",
-) -> Iterator[Check]:
+) -> Generator[Check, None, None]:
     """Make the trials `names` in child processes and yield what each found, in that order; never raises.
 
-    `device` is what `train.device` is set to. Where a foundation fails, those after it are skipped.
+    To be closed where it is left early. `device` is what `train.device` is set to. Where a foundation fails, those after
+    it are skipped.
     """
     left = list(names)
     child: _Child | None = None
@@ -118,6 +120,7 @@ class _Child:
     def __init__(self, names: Sequence[str], device: str) -> None:
         self._said: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self.goes_on = True
+        self._is_first = True
         # -P: what lies in the current folder is not imported.
         command = [sys.executable, "-P", "-m", "lorasmith.engine.doctor.trial_process", device, *names]
         self._process = subprocess.Popen(  # noqa: S603
@@ -142,7 +145,8 @@ class _Child:
 
     def next_check(self, name: str) -> Check:
         """Return what the child finds in the trial `name`, which is its next."""
-        started, limit = time.monotonic(), seconds_for(name)
+        started, limit = time.monotonic(), seconds_for(name, first=self._is_first)
+        self._is_first = False
         while True:
             try:
                 line = self._said.get(timeout=max(0.0, started + limit - time.monotonic()))

@@ -139,6 +139,25 @@ def test_a_check_without_torch_that_hangs_or_raises_is_a_failed_check_and_the_ot
     assert all(by_name[name].fix for name in ("clock", "locale", "output folder"))
 
 
+def test_leaving_the_doctor_early_ends_its_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+
+    def run_trials(names: Sequence[str], *_: Any, **__: Any) -> Iterator[Check]:
+        try:
+            yield Check(names[0], "pass", "fine")
+        finally:
+            ended.append("child")
+
+    def interrupt(check: Check) -> None:
+        if check.name == "gpu":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trials, "run_trials", run_trials)
+    with pytest.raises(KeyboardInterrupt):
+        run_checks(tmp_path, on_check=interrupt)
+    assert ended == ["child"]
+
+
 # The child process
 
 
@@ -203,7 +222,7 @@ def test_a_child_that_is_left_early_is_ended(
     monkeypatch.setattr(subprocess, "Popen", remember)
     running = trials.run_trials(["torch", "bitsandbytes"], on_start=lambda name: None)
     assert next(running).name == "torch"
-    running.close()  # type: ignore[attr-defined]
+    running.close()
     (child,) = processes
     assert child.poll() is not None
 
@@ -285,8 +304,13 @@ def test_what_was_found_is_known_at_the_next_start_and_forgotten_with_another_dr
     known = unusable_choices(doctor.remembered_checks(), {"memory.quantize": "fp8"})
     assert ("optimizer.name", "adamw8bit") in known
     assert ("memory.quantized_matmul", True) in known
-    monkeypatch.setattr(remembered, "_version", lambda name: "another")
-    assert doctor.remembered_checks() == []
+    with monkeypatch.context() as changed:
+        changed.setattr(remembered, "_version", lambda name: "another")
+        assert doctor.remembered_checks() == []
+    with monkeypatch.context() as changed:
+        changed.setattr(remembered, "_installed_at", lambda name: 1)
+        assert doctor.remembered_checks() == [], "the same version, installed anew"
+    assert doctor.remembered_checks() != []
 
 
 def test_a_retry_replaces_what_was_known_of_that_check_alone(told: Callable[..., None]) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from lorasmith.engine.doctor import disks, file_systems, installation, machine
 from lorasmith.engine.doctor.choices import DISABLED_BY
-from lorasmith.engine.doctor.disks import Speed, check_disk, measure
+from lorasmith.engine.doctor.disks import CACHE, MODELS, OUTPUT, Speed, check_disk, measure
 from lorasmith.engine.doctor.file_systems import FileSystem, file_system_of
 from lorasmith.engine.hardware import HardwareSnapshot, Memory, read_memory
 
@@ -164,14 +164,14 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.mark.parametrize(("free_gib", "status"), [(500, "pass"), (5, "warn"), (0.5, "fail")])
 def test_little_disk_is_told(tmp_path: Path, disk: Callable[..., None], free_gib: float, status: str) -> None:
     disk(free_gib=free_gib)
-    check = check_disk("output folder", tmp_path / "new", "run.output_folder")
+    check = check_disk(OUTPUT, tmp_path / "new")
     assert (check.status, str(tmp_path) in check.detail) == (status, True)
     assert ("run.output_folder" in check.fix) == (status != "pass")
 
 
 def test_a_folder_that_cannot_be_written_to_blocks_with_the_setting_to_change(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    check = check_disk("output folder", tmp_path / "file" / "runs", "run.output_folder")
+    check = check_disk(OUTPUT, tmp_path / "file" / "runs")
     assert (check.blocking, check.fix) == (True, "Choose another folder with run.output_folder.")
 
 
@@ -188,7 +188,7 @@ def test_a_disk_that_takes_no_file_blocks(
         raise OSError(error, os.strerror(error))
 
     monkeypatch.setattr(disks, "measure", refuse)
-    check = check_disk("cache folder", tmp_path, "the variable LORASMITH_CACHE")
+    check = check_disk(CACHE, tmp_path)
     assert (check.blocking, os.strerror(error) in check.detail, words in check.fix) == (True, True, True)
 
 
@@ -210,14 +210,32 @@ def test_what_kind_of_disk_it_is_is_told_with_what_that_means(
     kind: str, wsl: bool, words: str, tmp_path: Path, disk: Callable[..., None]
 ) -> None:
     disk(kind, wsl=wsl)
-    check = check_disk("output folder", tmp_path, "run.output_folder")
+    check = check_disk(OUTPUT, tmp_path)
     assert (check.status, f"({kind})" in check.detail) == ("warn" if words else "pass", True)
     assert words in check.meaning
 
 
+def test_what_can_be_computed_again_may_lie_in_memory_and_models_need_more_room(
+    tmp_path: Path, disk: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk("tmpfs")
+    assert check_disk(CACHE, tmp_path).status == "pass"
+    disk(free_gib=30.0)
+    assert [check_disk(use, tmp_path).status for use in (OUTPUT, CACHE, MODELS)] == ["pass", "pass", "warn"]
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert check_disk(MODELS, tmp_path).meaning == "No base model can be downloaded."
+
+
+def test_a_disk_is_measured_once(tmp_path: Path, disk: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    disk()
+    known = {tmp_path.stat().st_dev: Speed(111.0, 222.0)}
+    monkeypatch.setattr(disks, "measure", lambda folder: 1 / 0)
+    assert "writes 111 and reads 222 MiB/s" in check_disk(OUTPUT, tmp_path, known).detail
+
+
 def test_a_slow_disk_is_told_with_what_was_measured(tmp_path: Path, disk: Callable[..., None]) -> None:
     disk(write=6.0)
-    check = check_disk("output folder", tmp_path, "run.output_folder")
+    check = check_disk(OUTPUT, tmp_path)
     assert (check.status, "writes 6 and reads 12 MiB/s" in check.detail) == ("warn", True)
     assert "Saving interrupts a training" in check.meaning
 
