@@ -86,8 +86,8 @@ def run_trials(
 ) -> Generator[Check, None, None]:
     """Make the trials `names` in child processes and yield what each found, in that order; never raises.
 
-    To be closed where it is left early. `device` is what `train.device` is set to. Where a foundation fails, those after
-    it are skipped.
+    To be closed where it is left early. `device` is what `train.device` is set to. Where a foundation fails, those
+    after it are skipped.
     """
     left = list(names)
     child: _Child | None = None
