@@ -9,9 +9,10 @@ from lorasmith.engine import hardware
 from lorasmith.engine.errors import BaseModelError, HardwareError
 from lorasmith.engine.families import families, identify_base
 from lorasmith.engine.fit import Room
-from lorasmith.engine.memory import ModelMemory, find_memory, model_memories
+from lorasmith.engine.memory import ModelMemory, adapted_layers, model_memories, num_parameters, of_run
 from lorasmith.engine.memory.calibration import CardKey, read
 from lorasmith.engine.memory.forecast import Subject
+from lorasmith.engine.memory.of_run import USUAL_PICTURES, Known
 from lorasmith.engine.sources import BaseFiles, is_hub_id, locate_configured, on_hub
 from lorasmith.engine.step_time import card_speed
 
@@ -21,16 +22,25 @@ if TYPE_CHECKING:
     from lorasmith.engine.hardware import HardwareSnapshot
     from lorasmith.engine.nvml import Gpu
 
-GIB = 1 << 30
 
-
-def subject_of(config: RunConfig, number_of_pictures: int = 20) -> Subject:
+def subject_of(config: RunConfig, number_of_pictures: int = USUAL_PICTURES) -> Subject:
     """Return a run as what is forecast; its base model is recognized by its files, or else by its name on the Hub.
 
     Raises BaseModelError where it is not known, or its memory was not derived.
     """
-    spec, model = _base(config)
-    return Subject(config, spec, model, config.dataset.resolution**2 / 1e6, number_of_pictures=number_of_pictures)
+    side = max([config.dataset.resolution, *config.dataset.more_resolutions])
+    files = _files(config)
+    if files is None:
+        spec, model = _by_name(config.base.model.strip())
+        return Subject(config, spec, model, side**2 / 1e6, number_of_pictures=number_of_pictures)
+    module, identity = identify_base(files, config.base.family)
+    layers = adapted_layers(config.adapter, module.SPEC, files)
+    numbers = None if layers is None else num_parameters(layers, config.adapter)
+    known = Known(module.SPEC, files, side**2, numbers, number_of_pictures)
+    subject, reason = of_run.subject_of(config, known)
+    if subject is None:
+        raise BaseModelError(f"The memory of a run on {identity.label} is not known.", why=reason)
+    return subject
 
 
 def room_here(config: RunConfig, family: str) -> Room:
@@ -68,33 +78,28 @@ def gpu_of(gpus: tuple[Gpu, ...], device: str) -> Gpu | None:
     return named[0] if named else max(gpus, key=lambda gpu: gpu.free_gib or 0.0)
 
 
-def _base(config: RunConfig) -> tuple[FamilySpec, ModelMemory]:
+def _files(config: RunConfig) -> BaseFiles | None:
+    """Return the base model's files, where they are on this machine: nothing is downloaded."""
     settings, name = config.base, config.base.model.strip()
-    files = None
     if is_hub_id(name):
         from lorasmith.engine.hub import cached_folder
 
         folder = cached_folder(name, settings.revision)
-        files = None if folder is None else BaseFiles("folder", folder, name)
-    elif name and not any(on_hub(part) for part in (name, settings.vae, *settings.text_encoders)):
-        files = locate_configured(settings)
-    if files is not None:
-        module, identity = identify_base(files, settings.family)
-        found = find_memory(identity.family, identity.parameters)
-        if found is not None:
-            return module.SPEC, found
-        raise _unknown(identity.label)
+        return None if folder is None else BaseFiles("folder", folder, name)
+    if not name or any(on_hub(part) for part in (name, settings.vae, *settings.text_encoders)):
+        return None
+    return locate_configured(settings)
+
+
+def _by_name(name: str) -> tuple[FamilySpec, ModelMemory]:
     for module in families().values():
-        for model in model_memories(module.SPEC.name):
-            if model.hub == name or (name in module.SPEC.hub_ids and len(model_memories(module.SPEC.name)) == 1):
+        models = model_memories(module.SPEC.name)
+        for model in models:
+            if model.hub == name or (name in module.SPEC.hub_ids and len(models) == 1):
                 return module.SPEC, model
-    raise _unknown(name or "no base model")
-
-
-def _unknown(name: str) -> BaseModelError:
-    return BaseModelError(
-        f"The memory of {name} is not known.",
-        why="Its size is none of those that were derived, or it is not on this machine yet.",
+    raise BaseModelError(
+        f"The memory of {name or 'no base model'} is not known.",
+        why="It is not on this machine yet, and none of those whose memory was derived.",
         fix="Fetch the base model first, or try `lorasmith plan --all` for the usual ones.",
     )
 

@@ -41,7 +41,7 @@ def gib(size: float) -> str:
 def switches_of(problem: Problem, found: Candidate) -> tuple[Switch, ...]:
     """Return every lever that is pulled in the plan, with its own cost by leaving it out; the largest saving first."""
     switches = []
-    for key, without, label in _pulled(found.levers, problem.choices.start, problem.subject.model.num_blocks):
+    for key, without, label in _pulled(found.levers, problem):
         other = problem.forecast(without)
         seconds = problem.seconds(without)
         saved = _saving(found.forecast, other)
@@ -57,8 +57,10 @@ def _saving(plan: Forecast, without: Forecast) -> float:
     return saved["step"] if saved["step"] > _NOTHING_GIB else max(saved.values())
 
 
-def _pulled(plan: Levers, start: Levers, blocks: int) -> Iterator[tuple[str, Levers, str]]:
+def _pulled(plan: Levers, problem: Problem) -> Iterator[tuple[str, Levers, str]]:
     """Yield each lever that is pulled: its key, the plan without it, and its name."""
+    start, blocks = problem.choices.start, problem.subject.model.num_blocks
+    wanted = problem.subject.config.dataset.resolution
     if plan.checkpointed:
         part = "" if plan.checkpointed == 1 else f" of {plan.checkpointed:.0%} of the blocks"
         without = replace(plan, checkpointed=0.0, offload=False)
@@ -83,6 +85,8 @@ def _pulled(plan: Levers, start: Levers, blocks: int) -> Iterator[tuple[str, Lev
         yield FIELDS["quantize_text"], replace(plan, quantize_text="none"), f"text encoders in {plan.quantize_text}"
     if plan.optimizer != start.optimizer:
         yield FIELDS["optimizer"], replace(plan, optimizer=start.optimizer), f"optimizer {plan.optimizer}"
+    if plan.resolution != wanted:
+        yield FIELDS["resolution"], replace(plan, resolution=wanted), f"{plan.resolution} instead of {wanted} pixels"
     if plan.batch != start.batch:
         whole = replace(plan, batch=start.batch, accumulation=start.accumulation)
         yield FIELDS["batch"], whole, f"batch {start.batch} as {plan.accumulation} × {plan.batch}"
