@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lorasmith.engine.simulation.meta_results import MetaResults
+
 BLOCK = 512
 """CUDA's caching allocator gives out multiples of so many bytes (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
 _NO_KERNEL = ("empty", "new_empty", "_unsafe_view", "_local_scalar_dense", "lift", "resize_", "set_")
@@ -30,6 +32,7 @@ class LiveBytes(TorchDispatchMode):
         self.live = 0
         self.peak = 0
         self.kernels = 0
+        self._meta = MetaResults() if device.type == "meta" else None
         self._known: dict[int, tuple[weakref.ref[Any], int]] = {}
         for tensor in free:
             self._remember(tensor, 0)
@@ -42,13 +45,15 @@ class LiveBytes(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Run the operation and count what it made."""
-        result = func(*args, **(kwargs or {}))
         aliases, launches = _facts(func)
+        named = kwargs or {}
+        meta = None if aliases else self._meta
+        result = meta.run(func, args, named) if meta else func(*args, **named)
         here = False
         for tensor in _tensors(result):
             if tensor.device.type == self.device_type:
                 here = True
-                self._remember(tensor, None if not aliases else 0)
+                self._remember(tensor, 0 if aliases else None)
         self.kernels += here and launches
         return result
 

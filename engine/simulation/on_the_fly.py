@@ -1,0 +1,42 @@
+"""A step of a model or an adapter that no preset has, simulated once on this machine and kept."""
+
+from __future__ import annotations
+
+import torch
+
+from lorasmith.engine.compute import DTYPES
+from lorasmith.engine.config import RunConfig
+from lorasmith.engine.errors import ConfigError
+from lorasmith.engine.families import BaseIdentity, FamilyModule
+from lorasmith.engine.families._loading import skeletons
+from lorasmith.engine.memory.constants import StepMemory
+from lorasmith.engine.memory.simulated import cached_step_memory, step_key, store_step_memory
+from lorasmith.engine.simulation.measured_steps import StepCounter
+from lorasmith.engine.simulation.step import PROMPT_TOKENS
+from lorasmith.engine.sources import BaseFiles
+
+
+def simulated_step_memory(
+    module: FamilyModule, files: BaseFiles, identity: BaseIdentity, settings: RunConfig
+) -> StepMemory:
+    """Return the memory of a step with these settings, from the cache or counted now, which takes up to some minutes.
+
+    The weights are not read. Raises ConfigError where the text encoder is trained, whose steps are not simulated.
+    """
+    if settings.adapter.text_encoder:
+        raise ConfigError(
+            "A step that trains the text encoder cannot be simulated.",
+            why="Its prompts are encoded in each step, which takes the weights.",
+            fix="Set adapter.text_encoder to false, or measure with `lorasmith plan --measure`.",
+        )
+    key = step_key(module.SPEC.name, files, settings)
+    found = cached_step_memory(key)
+    if found is None:
+        # What auto becomes on a card: 16 bits, which both take the same memory.
+        dtype = DTYPES.get(settings.train.precision, torch.bfloat16)
+        with skeletons():
+            family = module.load(files, identity, torch.device("meta"), dtype)
+        counter = StepCounter(family, min(PROMPT_TOKENS, module.SPEC.token_limit), settings)
+        found = counter.step_memory(settings.adapter.targets)
+        store_step_memory(key, found)
+    return found
