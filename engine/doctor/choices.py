@@ -42,7 +42,7 @@ DISABLED_TOGETHER_BY: Final[Mapping[str, tuple[Combination, ...]]] = {
     "int8 product": _product("int8"),
     "fp8 product": _product("fp8"),
 }
-"""What cannot be used together where a check fails."""
+"""What cannot be used together where a check fails; the last of a combination needs one of the others."""
 
 
 def take_away(check: Check) -> Check:
@@ -67,11 +67,13 @@ def unusable_choices(checks: Iterable[Check], given: Mapping[str, Any] | None = 
     """Return what cannot be used on this machine, (key, value), with the reason in words and how to mend it.
 
     `given` are the values that other settings have: with `{"memory.quantize": "fp8"}`, the choices that cannot be
-    used together with it are in the answer as well.
+    used together with it are in the answer as well. What is left with nothing to be used with is in it in any case.
     """
     found: dict[Choice, str] = {}
+    broken: dict[Combination, str] = {}
     for check in checks:
         reason = why_unusable(check)
+        broken |= dict.fromkeys(check.disables_together, reason)
         for choice in check.disables:
             found.setdefault(choice, reason)
         for combination in check.disables_together:
@@ -79,7 +81,16 @@ def unusable_choices(checks: Iterable[Check], given: Mapping[str, Any] | None = 
                 others = [other for other in combination if other != choice]
                 if all(_holds(other, given or {}) for other in others):
                     found.setdefault(choice, reason)
+    for combination, reason in broken.items():
+        if _needing(combination[-1]) <= set(broken):
+            found.setdefault(combination[-1], reason)
     return found
+
+
+def _needing(choice: Choice) -> set[Combination]:
+    """Return all combinations in which a choice can be used that is nothing by itself: it stands last in them."""
+    every = (combination for combinations in DISABLED_TOGETHER_BY.values() for combination in combinations)
+    return {combination for combination in every if combination[-1] == choice}
 
 
 def why_unusable(check: Check) -> str:

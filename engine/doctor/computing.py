@@ -6,6 +6,7 @@ These run in a process of their own (`doctor.trials`), on the device that `train
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import Any, Final
 
 from lorasmith.engine.doctor.check import Check, reinstall
@@ -160,7 +161,9 @@ def _attends(torch: Any, backend: Any, device: str, dtype: Any, *, masked: bool)
     query = torch.ones(shape, dtype=dtype, device=device, requires_grad=True)
     mask = torch.ones((1, 1, _SIDE, _SIDE), dtype=torch.bool, device=device) if masked else None
     try:
-        with torch.nn.attention.sdpa_kernel([backend]):
+        with warnings.catch_warnings(), torch.nn.attention.sdpa_kernel([backend]):
+            # A kernel that does not suit says why in warnings.
+            warnings.simplefilter("ignore")
             result = torch.nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=mask)
             result.sum().backward()
         return bool((result - 1).abs().max().item() < 0.05) and bool(query.grad.isfinite().all().item())

@@ -282,6 +282,12 @@ def test_what_cannot_be_used_together_is_told_for_the_values_that_the_others_hav
     assert unusable_choices([check], {"memory.quantized_matmul": 1}) == {}
 
 
+def test_products_that_no_format_has_are_not_to_be_chosen_at_all() -> None:
+    checks = [trials.explained(Check(f"{name} product", "fail", "no kernel")) for name in ("fp8", "int8")]
+    assert list(unusable_choices(checks)) == [("memory.quantized_matmul", True)]
+    assert unusable_choices(checks[:1]) == unusable_choices(checks[1:]) == {}
+
+
 def test_which_checks_a_run_hangs_on() -> None:
     assert checks_behind({"optimizer.name": "adamw", "memory.quantize": "none"}) == []
     assert checks_behind({"optimizer.name": "adamw8bit", "memory.quantize": "nf4"}) == ["bitsandbytes", "nf4"]

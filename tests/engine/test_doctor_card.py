@@ -363,7 +363,8 @@ def test_a_layer_that_was_not_packed_fails(monkeypatch: pytest.MonkeyPatch) -> N
     assert quantized.check_int8().detail == "The layer was not packed."
 
 
-def test_each_attention_kernel_is_tried_and_masks_too() -> None:
+def test_each_attention_kernel_is_tried_and_masks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(computing, "device_of", lambda torch: "cpu")
     check = trials.try_here("attention")
     assert (check.status, check.detail.startswith("flash, math on the CPU; with masks ")) == ("pass", True)
 
