@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all faults lint bench screenshots clean
+.PHONY: demo test test-all faults lint bench derive-memory screenshots clean
 
 demo: $(READY)
 	$(BIN)/lorasmith demo
@@ -28,6 +28,10 @@ lint: $(READY) build/typing/lorasmith
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run_all.py
+
+# The [memory.*] tables of presets/*.toml, counted on the meta device; an hour or so. FAMILY="sdxl flux1" for some.
+derive-memory: $(READY)
+	$(BIN)/python -m lorasmith.engine.simulation.derive $(FAMILY)
 
 screenshots: $(READY)
 	$(BIN)/python screenshots/make.py

@@ -105,22 +105,30 @@ def shallow_copy(family: Family, groups: Sequence[Group], kept: Group | None, de
         family.denoiser = whole
 
 
-def half_of(family: Family, groups: Sequence[Group]) -> list[int]:
-    """Return how many blocks of each group are checkpointed where half of the denoiser's blocks are."""
+def half_of(family: Family, groups: Sequence[Group]) -> tuple[list[int], float]:
+    """Return what half of checkpointing takes: how many blocks of each group, and the share of what else there is.
+
+    Where there are no blocks outside the groups, that is 1 if it takes the very first block, and 0 otherwise: then
+    the difference in the rest is what the first block, whose inputs need no gradients, does not keep.
+    """
     taken = set(chosen_blocks(family, 0.5))
-    return [sum(path in taken for path in group.paths) for group in groups]
+    counts = [sum(path in taken for path in group.paths) for group in groups]
+    inside = {path for group in groups for path in group.paths}
+    others = [path for path, _ in denoiser_blocks(family) if path not in inside]
+    if not others:
+        return counts, float(counts[0] > 0)
+    return counts, sum(path in taken for path in others) / len(others)
 
 
-def whole_peaks(groups: Sequence[GroupSteps]) -> tuple[float, float, float]:
+def whole_peaks(groups: Sequence[GroupSteps], others: float) -> tuple[float, float, float]:
     """Return the MiB at the peak of the whole model's step without, with half and with full checkpointing.
 
     Groups follow each other forward, so that backward the last one comes first, when everything is still kept; the
-    blocks behind the one that is computed have let go of theirs.
+    blocks behind the one that is computed have let go of theirs. `others` is the second result of `half_of`.
     """
     none = all_ = half = 0.0
-    first = groups[0]
-    kept_none, kept_all = first.plain.rest, first.spared.rest
-    kept_half = kept_all if first.checkpointed else kept_none
+    kept_none, kept_all = groups[0].plain.rest, groups[0].spared.rest
+    kept_half = kept_none + others * (kept_all - kept_none)
     for group in groups:
         kept_none += group.count * group.plain.block
         kept_all += group.count * group.spared.block
