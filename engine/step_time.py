@@ -45,9 +45,7 @@ _MULTIPLYING_BYTES = 32.0
 _SWAP_LAUNCHES = 10
 """Copies, events and hooks of a swapped block in one pass, in kernels' time: a judgement."""
 _STAND_IN = "GeForce RTX 3060"
-_UNKNOWN_RANGE = 3.0
-_LIKE_RANGE = 1.5
-_CALIBRATED_RANGE = 1.15
+_UNKNOWN_RANGE, _LIKE_RANGE, _CALIBRATED_RANGE = 3.0, 1.5, 1.15
 
 
 @dataclass(frozen=True)
@@ -106,12 +104,9 @@ def card_speed(name: str, compute_capability: tuple[int, int] | None = None) -> 
     """
     if "MIG " in name.upper():
         return None
-    plain = _plain(name)
-    found = _cards().get(plain)
-    if found is not None:
+    found = _cards().get(_plain(name))
+    if found is not None or compute_capability is None:
         return found
-    if compute_capability is None:
-        return None
     cards = _cards().values()
     kin = [card for card in cards if card.capability == compute_capability]
     kin = kin or [card for card in cards if card.capability[0] == compute_capability[0]]
@@ -126,7 +121,7 @@ def step_seconds(subject: Subject, card: CardSpeed | None, calibration: float = 
 
     An estimate that is not calibrated can be wrong by a factor of two or three, and says so in its range.
     """
-    known = card if card is not None else _cards()[_plain(_STAND_IN)]
+    known = card or _cards()[_plain(_STAND_IN)]
     usual = _step(subject, known, _USUAL)
     if calibration != 1.0:
         measured = usual * calibration

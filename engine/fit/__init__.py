@@ -80,7 +80,8 @@ def solve(subject: Subject, room: Room, fixed: frozenset[str] = frozenset()) -> 
     """
     from lorasmith.engine.memory.forecast import can_forecast, forecast
 
-    subject = replace(subject, calibration=room.memory_calibration)
+    if room.memory_calibration != 1.0:
+        subject = replace(subject, calibration=room.memory_calibration)
     unknown = can_forecast(subject)
     if unknown:
         raise ConfigError("There is no memory forecast for this run.", why=unknown, fix="Choose the settings yourself.")
