@@ -192,6 +192,8 @@ def adapt(
         message = f"{training_adapter.label} is active in {training_adapter.layers} layers, while training only."
         emit(Logged(severity="info", message=message))
     adapter = attach_adapter(family, config.adapter, config.run.seed)
+    if config.memory.lora_precision == "base":
+        adapter.compute_as_base()
     require_exportable(family, adapter, config)
     if config.adapter.start_from and checkpoint is None:
         words = start_adapter(adapter, Path(config.adapter.start_from).expanduser(), family)
@@ -268,7 +270,7 @@ def build_training(
     encoded = encoder.encode([*material.prompts, config.previews.negative_prompt, *held.prompts])
     if encoded is None:
         return None
-    _settle_denoiser(family, config, keep_text=encoded.conditionings is None, rungs=rungs or Rungs(emit))
+    settle_denoiser(family, config, keep_text=encoded.conditionings is None, rungs=rungs or Rungs(emit))
     loader = Loader(material.plan, encoded.pictures.latents, config, encoded.pictures.masks)
     learner = build_learner(family, adapter, loader, encoded.conditionings, config)
     if held.samples:
@@ -276,7 +278,7 @@ def build_training(
     return learner
 
 
-def _settle_denoiser(family: Family, config: RunConfig, *, keep_text: bool, rungs: Rungs) -> None:
+def settle_denoiser(family: Family, config: RunConfig, *, keep_text: bool, rungs: Rungs) -> None:
     """Let the encoders go, and bring the denoiser to the device, but for the blocks that are swapped.
 
     Raises HardwareError where it has no room there.

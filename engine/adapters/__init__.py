@@ -31,6 +31,7 @@ from lorasmith.engine.adapters.module import MAGNITUDE as MAGNITUDE
 from lorasmith.engine.adapters.module import UP as UP
 from lorasmith.engine.adapters.module import AdapterModule as AdapterModule
 from lorasmith.engine.adapters.module import Kind as Kind
+from lorasmith.engine.adapters.precision import compute_as_base
 from lorasmith.engine.config import AdapterSettings
 from lorasmith.engine.errors import BaseModelError, CheckpointError, ConfigError
 from lorasmith.engine.families import Component, Family, FamilySpec
@@ -100,6 +101,15 @@ class Adapter:
         """Switch dropout of all kinds on or off; nothing else of the base model depends on a mode."""
         for dropout in self.dropouts:
             dropout.train(mode)
+
+    def compute_as_base(self) -> None:
+        """Let every module compute in the base model's number format from now on; its weights stay in fp32.
+
+        Not for rotations and not for LoRAs that keep their start, which 16 bits would lose; they stay in fp32.
+        """
+        for module in self.modules:
+            if module.start is None:
+                compute_as_base(module)
 
     def set_enabled(self, enabled: bool) -> None:
         """Switch the whole adapter on, or off to get exactly the base model."""
