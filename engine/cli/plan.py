@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from lorasmith.engine.cli.output import columns, say, say_json
 from lorasmith.engine.cli.plan_all import require_run_file, show_all, show_fit
+from lorasmith.engine.cli.plan_measure import show_measure
 from lorasmith.engine.cli.train import Sets
 from lorasmith.engine.run_file import load_run_file, parse_assignments, resolve_config, setting_fields
 
@@ -34,13 +35,16 @@ def plan(
     vram: Annotated[int | None, typer.Option(min=1, metavar="GB", help="With --all: this size of card alone.")] = None,
     goal: Annotated[str, typer.Option(metavar="GOAL", help="With --all: what is learnt.")] = "",
     fit: Annotated[bool, typer.Option("--fit", help="Find the memory settings that are fastest here.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Try each stage once on this machine: real memory and time.")
+    ] = False,
     write: Annotated[bool, typer.Option("--write", help="With --fit: put them into RUN.toml.")] = False,
 ) -> None:
     """Show what a run will do and need before it starts; without a file, every setting with its default and meaning."""
     if tiers:
         show_all(family, vram, goal, as_json=as_json)
         return
-    if run_file is None and not sets and not fit:
+    if run_file is None and not sets and not fit and not measure:
         _show_settings(as_json)
         return
     from lorasmith.engine.plan import build_plan
@@ -49,6 +53,9 @@ def plan(
     resolved = resolve_config(layers)
     if fit:
         show_fit(resolved, require_run_file(run_file), as_json=as_json, write=write)
+        return
+    if measure:
+        show_measure(resolved, as_json=as_json)
         return
     files, identity = local_base(resolved.config.base)
     dataset = _dataset(resolved.config.dataset)
