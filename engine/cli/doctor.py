@@ -133,9 +133,12 @@ def summary(checks: Sequence[Check], seconds: float) -> list[str]:
     others = [check.name for check in checks if not check.blocking and check.status in ("warn", "fail")]
     passed = sum(1 for check in checks if check.status == "pass")
     lines = [""]
-    if lost := unusable_choices(checks):
-        lines += _wrapped(", ".join(f"{key}={value}" for key, value in lost), _width(), "Cannot be chosen here: ")
-    verdict = f"No training can start: mend {', '.join(blocking)}." if blocking else "This machine can train."
+    lost: dict[str, list[str]] = {}
+    for key, value in unusable_choices(checks):
+        lost.setdefault(key, []).append(str(value))
+    for key, values in lost.items():
+        lines += _wrapped(f"{key} {', '.join(values)}", _width(), "Cannot be chosen here: ")
+    verdict = f"Mend this before training: {', '.join(blocking)}." if blocking else "This machine can train."
     look = f" To look at: {', '.join(others)}." if others else ""
     counts = f"{passed} of {len(checks)} checks passed in {seconds:.1f} s."
     return [*lines, *_wrapped(f"{verdict} {counts}{look}", _width(), "")]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Final
+
+import psutil
 
 from lorasmith.engine.doctor.check import Check, is_wsl
 from lorasmith.engine.doctor.torch_builds import MINIMUM_DRIVERS, how_to_mend
@@ -77,7 +80,15 @@ def check_vram(machine: HardwareSnapshot) -> Check:
 
 def _may_be_ended(process: GpuProcess) -> bool:
     large = process.used_gib is None or process.used_gib > HELD_GIB
-    return large and process.name is not None and process.name not in _DESKTOP
+    return large and process.name is not None and process.name not in _DESKTOP and _is_own(process.pid)
+
+
+def _is_own(pid: int) -> bool:
+    """Tell whether a process is this user's; the first one of a container or machine is nobody's."""
+    try:
+        return pid > 1 and psutil.Process(pid).uids().real == os.getuid()
+    except (psutil.Error, AttributeError):
+        return False
 
 
 def _occupancy(gpu: Gpu) -> str:

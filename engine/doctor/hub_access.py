@@ -78,7 +78,10 @@ def check_hub_token() -> Check:
             return Check(
                 name, "warn", "the Hub does not accept the token: invalid or expired", "hf auth login", meaning
             )
-        return Check(name, "warn", f"the Hub answered with an error {status}", "Try again later.", "Not tried.")
+        meaning = "Whether models can be downloaded is not known."
+        return Check(name, "warn", f"the Hub answered with an error {status}", "Try again later.", meaning)
+    except Exception as error:
+        return Check(name, "skip", f"there is one; the Hub cannot be asked ({type(error).__name__})")
     return Check(name, "pass", f"valid, of {plain_text(str(owner.get('name', 'somebody')))}")
 
 
@@ -95,6 +98,8 @@ def check_gated_models() -> Check:
     silent = [repo for repo, reason in refused.items() if reason not in ("", "gated")]
     readable = len(asked) - len(gated) - len(silent)
     detail = f"{readable} of {len(asked)} suggested base models can be downloaded"
+    if len(silent) == len(asked):
+        return Check(name, "skip", f"the Hub cannot be asked ({refused[silent[0]]})")
     if silent:
         detail += f"; no answer for {', '.join(silent)}"
     if gated:

@@ -66,8 +66,8 @@ def test_checks_are_printed_under_their_subject_with_what_they_mean_and_what_men
     assert f"  fix: {DRIVER.fix}" in lines, "whole, to be copied"
     assert all(len(line) < 80 for line in lines if "fix: " not in line)
     said = " ".join(lines)
-    assert "Cannot be chosen here: optimizer.name=adamw8bit, optimizer.name=paged_adamw," in said
-    assert "No training can start: mend driver. 1 of 5 checks passed in 0.0 s. To look at: bitsandbytes, tmux." in said
+    assert "Cannot be chosen here: optimizer.name adamw8bit, paged_adamw, paged_adamw8bit," in said
+    assert "Mend this before training: driver. 1 of 5 checks passed in 0.0 s. To look at: bitsandbytes, tmux." in said
     assert "Its optimizers cannot be chosen; adamw and the others work." in said.replace(" " * 21, "")
 
 

@@ -19,7 +19,7 @@ from lorasmith.engine.doctor import computing, graphics, quantized, torch_builds
 from lorasmith.engine.doctor.choices import DISABLED_BY
 from lorasmith.engine.doctor.torch_builds import TORCH_PIN, has_code_for, how_to_mend, suitable_build
 from lorasmith.engine.hardware import HardwareSnapshot, Memory, TorchBuild, snapshot
-from lorasmith.engine.nvml import Gpu, GpuReader
+from lorasmith.engine.nvml import Gpu, GpuProcess, GpuReader
 from tests.fake_nvml import GIB, FakeState, build_library, compiler
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C compiler to build the fake NVIDIA library")
@@ -125,14 +125,18 @@ def test_who_holds_the_cards_memory_is_named(card: FakeState) -> None:
     assert check.fix.startswith(f"kill {os.getpid()} ") if named else check.fix == "nvidia-smi"
 
 
-def test_the_screen_is_never_to_be_killed() -> None:
-    from lorasmith.engine.nvml import GpuProcess
-
+def test_the_screen_and_what_is_not_ones_own_are_never_to_be_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = SimpleNamespace(uids=lambda: SimpleNamespace(real=os.getuid()))
+    monkeypatch.setattr(graphics, "psutil", SimpleNamespace(Process=lambda pid: own, Error=OSError))
     held = replace(CARD, free_gib=130.0, processes=(GpuProcess(7, 4.0, "gnome-shell"), GpuProcess(8, 5.0, "python3")))
     check = graphics.check_vram(replace(WITH_GPU, gpus=(held,)))
     assert check.fix == "kill 8   # python3: if it is yours and no longer needed"
     alone = replace(held, processes=held.processes[:1])
     assert graphics.check_vram(replace(WITH_GPU, gpus=(alone,))).fix == "nvidia-smi"
+    first = replace(held, processes=(GpuProcess(1, 9.0, "init"),))
+    assert graphics.check_vram(replace(WITH_GPU, gpus=(first,))).fix == "nvidia-smi"
+    own.uids = lambda: SimpleNamespace(real=os.getuid() + 1)
+    assert graphics.check_vram(replace(WITH_GPU, gpus=(held,))).fix == "nvidia-smi"
 
 
 def test_the_build_for_each_card_and_driver() -> None:
