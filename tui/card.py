@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine.errors import ConfigError
@@ -11,10 +11,10 @@ from lorasmith.tui.memory_view import MemoryView, view_of
 
 if TYPE_CHECKING:
     from lorasmith.engine.config import RunConfig
-    from lorasmith.engine.families import BaseIdentity, FamilySpec
     from lorasmith.engine.fit import Fit, Room
     from lorasmith.engine.hardware import Gpu, HardwareSnapshot
     from lorasmith.engine.memory.forecast import Subject
+    from lorasmith.tui.findings import FoundBase
 
 NO_GPU = "no NVIDIA GPU: this trains in main memory, on the processor"
 
@@ -43,8 +43,7 @@ class CardQuestion:
     """
 
     config: RunConfig
-    spec: FamilySpec
-    identity: BaseIdentity
+    base: FoundBase
     card: Card
     number_of_pictures: int
     fixed: frozenset[str]
@@ -54,7 +53,7 @@ def find_fit(question: CardQuestion, tell: Any) -> Fit | None:
     """Return the plan that fits the card best; None where the memory of the base model is not known."""
     from lorasmith.engine.fit import solve
 
-    subject = subject_of(question.config, question.spec, question.identity, question.number_of_pictures)
+    subject, _ = subject_of(question.config, question.base, question.number_of_pictures)
     if subject is None:
         return None
     try:
@@ -74,32 +73,30 @@ def card_of(
     return None if gpu is None or room is None else Card(gpu, room)
 
 
-def subject_of(config: RunConfig, spec: FamilySpec, identity: BaseIdentity, number_of_pictures: int) -> Subject | None:
-    """Return what is to be forecast; None where the memory of this base model was not derived."""
-    from lorasmith.engine.memory import find_memory
-    from lorasmith.engine.memory.forecast import Subject
+def subject_of(config: RunConfig, base: FoundBase, number_of_pictures: int) -> tuple[Subject | None, str]:
+    """Return what is to be forecast, or None and the reason why nothing can be."""
+    from lorasmith.engine.memory.of_run import Known, subject_of
 
-    model = find_memory(spec.name, identity.parameters)
-    if model is None:
-        return None
     side = max([config.dataset.resolution, *config.dataset.more_resolutions])
-    return Subject(config, spec, model, side**2 / 1e6, number_of_pictures=number_of_pictures)
+    known = Known(base.family.SPEC, base.files, side**2, number_of_pictures=number_of_pictures)
+    return subject_of(config, known)
 
 
-def estimate(subject: Subject | None, card: Card | None) -> Estimate:
-    """Return memory, time and money of a run as it is set; under a millisecond."""
+def estimate(config: RunConfig, base: FoundBase, number_of_pictures: int, card: Card | None) -> Estimate:
+    """Return memory, time and money of a run as it is set; takes a few milliseconds."""
     from lorasmith.engine.costs import run_costs
     from lorasmith.engine.fit import judge
-    from lorasmith.engine.memory.forecast import can_forecast, forecast
+    from lorasmith.engine.memory.forecast import forecast
     from lorasmith.engine.step_time import step_seconds
 
     if card is None:
         return Estimate(MemoryView(note=NO_GPU))
-    reason = "not known for this base model" if subject is None else can_forecast(subject)
-    if subject is None or reason:
+    subject, reason = subject_of(config, base, number_of_pictures)
+    if subject is None:
         return Estimate(MemoryView(note=reason))
     room = card.room
+    subject = replace(subject, calibration=room.memory_calibration)
     found = forecast(subject)
     seconds = step_seconds(subject, room.card, room.seconds_calibration)
-    costs = run_costs(subject.config, subject.spec.name, seconds, room.card, subject)
+    costs = run_costs(config, subject.spec.name, seconds, room.card, subject)
     return Estimate(view_of(found, room.vram_gib, judge(found, room)), costs.words)

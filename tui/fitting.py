@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
-from lorasmith.tui.card import Card, CardQuestion, Estimate, card_of, estimate, subject_of
+from lorasmith.tui.card import Card, CardQuestion, Estimate, card_of, estimate
 from lorasmith.tui.draft_settings import DraftSettings
 from lorasmith.tui.findings import USUAL_PICTURES, Look
 
@@ -46,8 +46,7 @@ class Fitting:
             return None
         question = CardQuestion(
             self._unfitted.config(),
-            base.family.SPEC,
-            base.identity,
+            base,
             card,
             self._pictures(),
             frozenset(self._known.draft.answers),
@@ -68,8 +67,7 @@ class Fitting:
         config, card = self._known.check_config(), self.card()
         key = (id(config), id(card), id(base), self._pictures())
         if self._estimates is None or self._estimates[0] != key:
-            subject = subject_of(config, base.family.SPEC, base.identity, self._pictures())
-            self._estimates = (key, estimate(subject, card))
+            self._estimates = (key, estimate(config, base, self._pictures(), card))
         return self._estimates[1]
 
     def foot_guns(self) -> list[FootGun]:
