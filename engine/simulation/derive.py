@@ -51,7 +51,7 @@ def derive_model(family: str, name: str, table: Mapping[str, Any]) -> dict[str, 
         "draw": _law(draw_law(loaded, tokens)),
         "inputs": _law(inputs_law(loaded, tokens)),
         "blocks": [_block(group) for group in blocks_of(loaded)],
-        "denoiser": sizes_of(loaded.denoiser),
+        "denoiser": _part(sizes_of(loaded.denoiser)),
         "text": {part: _part(memory) for part, memory in text_parts(loaded).items()},
         "autoencoder": _part(autoencoder_part(loaded)),
         "step": derive_steps(counter, tuple(loaded.spec.targets)),
@@ -144,8 +144,10 @@ def _as_item(value: Any) -> Item:
         array = tomlkit.array()
         for entry in value:
             array.append(_inline(entry))
-        return array.multiline(True)
-    return tomlkit.item(value)
+        array.multiline(True)
+        return array
+    item: Item = tomlkit.item(value)
+    return item
 
 
 def _inline(values: Mapping[str, Any]) -> InlineTable:
@@ -156,8 +158,8 @@ def _inline(values: Mapping[str, Any]) -> InlineTable:
 
 
 def _part(part: PartMemory) -> dict[str, Any]:
-    table: dict[str, Any] = {"packed": part.packed, "plain": part.plain, "layer": part.layer, "work": _law(part.work)}
-    return table | ({"decode": _law(part.decode)} if part.decode != Law() else {})
+    laws = {name: _law(law) for name, law in (("work", part.work), ("decode", part.decode)) if law != Law()}
+    return {"packed": part.packed, "plain": part.plain, "layer": part.layer, **laws}
 
 
 def _block(group: BlockGroup) -> dict[str, Any]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorasmith.engine.families import Component, Family
 from lorasmith.engine.memory.constants import MIB
@@ -49,22 +48,6 @@ class FullLength:
         return self([TEMPLATE] * len(messages), **options)
 
 
-class AllCount(TorchDispatchMode):
-    """Answers whether all tokens of a mask on the meta device count: yes."""
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Run the operation, or answer what only a value tells."""
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype is torch.bool:
-            return True
-        return func(*args, **(kwargs or {}))
-
-
 class _MeasuredError(Exception):
     """Every text encoder has run; what is made of its results is not counted."""
 
@@ -76,7 +59,7 @@ def text_encoder_work(family: Family, prompts: int) -> dict[Component, float]:
     stand_in: Any = family
     stand_in.tokenizers = [FullLength(_limit(encoder, family)) for encoder in encoders.values()]
     free: list[Tensor] = [tensor for encoder in encoders.values() for tensor in _held(encoder)]
-    with torch.no_grad(), AllCount(), fused_kernels(), LiveBytes(family.device, free) as tracker:
+    with torch.no_grad(), fused_kernels(), LiveBytes(family.device, free) as tracker:
         hooks = [_watch(name, encoder, tracker, found, len(encoders)) for name, encoder in encoders.items()]
         try:
             family.encode_prompts([TEMPLATE] * prompts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -26,19 +27,11 @@ POINTS = ((1, SIDES[0]), (1, SIDES[1]), (2, SIDES[0]))
 """Pictures and sides that a law is read from."""
 
 
-def sizes_of(module: nn.Module, *, packs: bool = True) -> dict[str, int]:
-    """Return `packed`, `plain` and `layer` of a part: what quantization packs, where it does, what not, the largest."""
-    packed = {
-        path: layer.weight.numel()
-        for path, layer in module.named_modules()
-        if packs and is_packed(path, layer) and isinstance(layer, nn.Linear)
-    }
+def sizes_of(module: nn.Module, *, packs: bool = True) -> PartMemory:
+    """Return the numbers of weights of a part that quantization packs, or of one that it never touches."""
+    layers = [layer.weight.numel() for _, layer in _packed_layers(module)] if packs else []
     whole = sum(weight.numel() for weight in module.parameters())
-    return {
-        "packed": sum(packed.values()),
-        "plain": whole - sum(packed.values()),
-        "layer": max(packed.values(), default=0),
-    }
+    return PartMemory(sum(layers), whole - sum(layers), max(layers, default=0))
 
 
 def blocks_of(family: Family) -> tuple[BlockGroup, ...]:
@@ -59,7 +52,7 @@ def text_parts(family: Family) -> dict[str, PartMemory]:
     """Return the text encoders with what reading full prompts takes."""
     one, two = (text_encoder_work(family, prompts) for prompts in (1, 2))
     laws = {part: Law(2 * one[part] - two[part], two[part] - one[part]) for part in one}
-    return {part: PartMemory(**sizes_of(encoder), work=laws[part]) for part, encoder in family.text_encoders.items()}
+    return {part: replace(sizes_of(encoder), work=laws[part]) for part, encoder in family.text_encoders.items()}
 
 
 def autoencoder_part(family: Family) -> PartMemory:
@@ -77,7 +70,7 @@ def autoencoder_part(family: Family) -> PartMemory:
         return lambda: loaded.pixels_of(vae, latents)
 
     laws = [_law(family, [vae], call) for call in (encode, decode)]
-    return PartMemory(**sizes_of(vae, packs=False), work=laws[0], decode=laws[1])
+    return replace(sizes_of(vae, packs=False), work=laws[0], decode=laws[1])
 
 
 def draw_law(family: Family, tokens: int) -> Law:

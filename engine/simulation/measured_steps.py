@@ -61,15 +61,15 @@ class StepCounter:
 
     def step_memory(self, targets: str) -> StepMemory:
         """Return the memory of steps that adapt the layers of a target preset."""
-        laws = [self._laws(targets, precision) for precision in ("fp32", "base")]
+        laws = [self.step_laws(targets, precision) for precision in ("fp32", "base")]
         return StepMemory(sum(self.layers(targets).values()), *laws)
 
     def kernels(self, targets: str) -> tuple[int, int]:
         """Return the kernels of a step without and with full checkpointing."""
         point = POINTS[0]
         if self.groups:
-            return whole_kernels(self._group_steps(targets, "fp32", RANK, [point])[point])
-        none, _, full = (self._whole(targets, "fp32", RANK, share, [point])[point] for share in (0.0, 0.5, 1.0))
+            return whole_kernels(self.group_steps(targets, "fp32", RANK, [point])[point])
+        none, _, full = (self.whole_steps(targets, "fp32", RANK, share, [point])[point] for share in (0.0, 0.5, 1.0))
         return none.kernels, full.kernels
 
     def _config(self, targets: str, precision: Precision = "fp32", rank: int = RANK) -> RunConfig:
@@ -80,9 +80,10 @@ class StepCounter:
         memory = self.settings.memory.model_copy(update={"lora_precision": precision})
         return self.settings.model_copy(update={"adapter": adapter, "memory": memory})
 
-    def _laws(self, targets: str, precision: Precision) -> StepLaws:
-        usual = self._peaks(targets, precision, RANK, POINTS)
-        higher = self._peaks(targets, precision, HIGH_RANK, POINTS[:2])
+    def step_laws(self, targets: str, precision: Precision) -> StepLaws:
+        """Return the laws of steps whose LoRA computes in `precision`."""
+        usual = self.peaks(targets, precision, RANK, POINTS)
+        higher = self.peaks(targets, precision, HIGH_RANK, POINTS[:2])
         none, half, full = (law_of({point: peaks[place] for point, peaks in usual.items()}) for place in range(3))
         more = [
             _per_rank(law, {point: (peaks[place] - usual[point][place]) for point, peaks in higher.items()})
@@ -90,26 +91,29 @@ class StepCounter:
         ]
         return StepLaws(none, half, full, *more)
 
-    def _peaks(self, targets: str, precision: Precision, rank: int, points: tuple[Point, ...]) -> dict[Point, Peaks]:
+    def peaks(self, targets: str, precision: Precision, rank: int, points: tuple[Point, ...]) -> dict[Point, Peaks]:
+        """Return the peaks of steps with so many pictures of these sides, in MiB."""
         if self.groups:
-            counted = self._group_steps(targets, precision, rank, list(points))
+            counted = self.group_steps(targets, precision, rank, list(points))
             return {point: whole_peaks(steps, self.others) for point, steps in counted.items()}
         shares = (0.0, 0.5, 1.0) if rank == RANK else (0.0, 1.0)
-        found = [self._whole(targets, precision, rank, share, list(points)) for share in shares]
+        found = [self.whole_steps(targets, precision, rank, share, list(points)) for share in shares]
         return {
             point: (found[0][point].peak_mib, found[len(found) // 2][point].peak_mib, found[-1][point].peak_mib)
             for point in points
         }
 
-    def _whole(
+    def whole_steps(
         self, targets: str, precision: Precision, rank: int, share: float, points: list[Point]
     ) -> dict[Point, StepPeak]:
+        """Return what steps of the whole model take with this share of its blocks checkpointed."""
         with shallow_copy(self.family, [], None) as copied:
             return self._simulated(copied, self._config(targets, precision, rank), share, points)
 
-    def _group_steps(
+    def group_steps(
         self, targets: str, precision: Precision, rank: int, points: list[Point]
     ) -> dict[Point, list[GroupSteps]]:
+        """Return what shallow copies of each group of equal blocks take."""
         config = self._config(targets, precision, rank)
         steps: dict[Point, list[GroupSteps]] = {point: [] for point in points}
         for group, half in zip(self.groups, self.halves, strict=True):

@@ -89,14 +89,14 @@ def split_base(family: str, folder: Path, place: Path) -> BaseFiles:
     stored, _ = split_files.in_fp8(split_files.part(folder, "transformer"))
     return BaseFiles(
         "single_file",
-        split_files.write(place / "krea2_raw_fp8.safetensors", stored),
-        "krea2_raw_fp8.safetensors",
-        vae_file=split_files.write(place / "qwen_image_vae.safetensors", split_files.part(folder, "vae")),
-        encoder_files=(split_files.write(place / "qwen3vl_4b.safetensors", encoder),),
+        split_files.write(place / "z_image_fp8.safetensors", stored),
+        "z_image_fp8.safetensors",
+        vae_file=split_files.write(place / "ae.safetensors", split_files.original_autoencoder(folder)),
+        encoder_files=(split_files.write(place / "qwen_3_4b.safetensors", encoder, "model."),),
     )
 
 
-@pytest.mark.parametrize("family", ["chroma", "krea2"])
+@pytest.mark.parametrize("family", ["chroma", "z_image"])
 def test_single_files_give_the_same_networks_by_their_headers(
     family: str, tmp_path: Path, request: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,12 +121,13 @@ def test_a_checkpoint_in_the_original_layout_gives_the_same_networks(tmp_path: P
     assert len(skeleton.denoiser.state_dict()) == len(tensors)
 
 
-def test_a_file_whose_shapes_do_not_fit_is_refused(tmp_path: Path, no_weights: None) -> None:
-    folder = TINY_BUILDERS["krea2"](tmp_path / "base")
-    with_weights = split_base("krea2", folder, tmp_path)
+def test_a_file_whose_shapes_do_not_fit_is_refused(tmp_path: Path, request: Any) -> None:
+    folder = TINY_BUILDERS["z_image"](tmp_path / "base")
+    with_weights = split_base("z_image", folder, tmp_path)
     shapes = {name: info.shape for name, info in with_weights.tensors("").items()}
-    shapes["txt_in.linear_1.weight"] = (7, 7)
+    shapes["cap_embedder.1.weight"] = (7, 7)
     wrong = split_files.header(tmp_path / "wrong.safetensors", shapes)
+    request.getfixturevalue("no_weights")
     with pytest.raises(BaseModelError, match=r"The transformer of .* does not fit"):
         load(dataclasses.replace(with_weights, path=wrong), META)
 
