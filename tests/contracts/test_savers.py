@@ -1,13 +1,15 @@
 """Memory savers change no result: the same loss and gradients with each, for every base model family.
 
 Checkpointing, offload and block swap are exact to the bit; an adapter in the base's 16 bits is within a stated
-distance of one in fp32. `make test` runs each family with one saver in turn and one with all, `make test-all` all pairs.
+distance of one in fp32. `make test` runs each family with one saver in turn, one with all, and
+`make test-all` all pairs.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lorasmith.engine import memory_ladder
 from lorasmith.engine.adapters import Adapter, attach_adapter
 from lorasmith.engine.block_checkpointing import checkpoint_blocks, denoiser_blocks, is_checkpointed
 from lorasmith.engine.block_swap import BlockSwap, frozen_tensors, swap_blocks
+from lorasmith.engine.commands import Command
 from lorasmith.engine.config import AdapterSettings, ObjectiveSettings
+from lorasmith.engine.events import MemoryReduced
 from lorasmith.engine.families import Family, Placement, identify_base
+from lorasmith.engine.learner import Learner
 from lorasmith.engine.objectives import build_objective
 from lorasmith.engine.sources import locate_base
 from tests.contracts.cells import ADAPTERS
-from tests.engine.running import load_tiny
+from tests.engine.running import RecordingHost, load_tiny, run_training, tiny_config
 from tests.tiny import TINY_BUILDERS
 
 CPU = torch.device("cpu")
@@ -157,7 +163,7 @@ class TestCheckpointing:
         kept = []
         for share in (0.0, 0.5, 1.0):
             checkpoint_blocks(family, share)
-            kept.append(saved_bytes(lambda: answer(family, adapter)))
+            kept.append(saved_bytes(partial(answer, family, adapter)))
         assert kept[0] > 1.3 * kept[1] > 1.6 * kept[2], kept
 
     def test_undone_it_is_as_before(self, bases: dict[str, Path]) -> None:
@@ -193,3 +199,271 @@ def saved_bytes(work: Callable[[], object]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         work()
     return sum(seen.values())
+
+
+class TestSwap:
+    def test_at_most_the_rings_blocks_are_on_the_card_and_never_what_is_computed_is_missing(
+        self, bases: dict[str, Path]
+    ) -> None:
+        family, adapter = adapted(bases["lumina2"])
+        swap = swap_blocks(family, 99)
+        seen: list[tuple[str, list[str]]] = []
+        for name, block in denoiser_blocks(family):
+            inner = layer_of(block)
+            inner.register_forward_pre_hook(lambda *_, name=name: seen.append((name, swap.on_card)))
+        answer(family, adapter)
+        assert swap.waits == 4, "the order is not known yet"
+        first, swap.waits, swap.copies = list(seen), 0, 0
+        seen.clear()
+        answer(family, adapter)
+        assert [name for name, _ in seen] == [name for name, _ in first]
+        names = [name for name, _ in seen[:4]]
+        assert [name for name, _ in seen[4:]] == names[::-1], "computed again from the last to the first"
+        assert all(name in card and len(card) == 2 for name, card in seen)
+        following = [*names[1:], names[2], *names[2::-1], None]
+        for (name, card), after in zip(seen, following, strict=True):
+            assert after is None or after in card, f"{after} was not begun ahead of {name}"
+        assert (swap.waits, swap.copies) == (0, 4)
+
+    def test_weights_are_views_of_one_buffer_a_block_and_adapters_stay_on_the_card(
+        self, bases: dict[str, Path]
+    ) -> None:
+        family, adapter = adapted(bases["flux1"], init="pissa")
+        before = {
+            id(tensor): tensor.clone() for _, block in denoiser_blocks(family) for tensor in frozen_tensors(block)
+        }
+        swap = swap_blocks(family, 99)
+        own = {id(tensor) for tensor in adapter.parameters()}
+        own |= {id(tensor) for module in adapter.modules for tensor in (module.start or {}).values()}
+        ranges = [(block.host.data_ptr(), block.host.data_ptr() + block.host.nbytes) for block in swap.blocks]
+        for block, (low, high) in zip(swap.blocks, ranges, strict=True):
+            for tensor in frozen_tensors(block.module):
+                assert low <= tensor.data_ptr() < high
+                assert torch.equal(tensor, before[id(tensor)])
+                assert id(tensor) not in own
+        assert swap.host_bytes >= sum(tensor.nbytes for tensor in before.values())
+        assert swap.card_bytes == 0
+        answer(family, adapter)
+        assert swap.card_bytes == 2 * max(block.host.nbytes for block in swap.blocks)
+        swap.release()
+        assert (swap.card_bytes, swap.on_card) == (0, [])
+        for block, (low, high) in zip(swap.blocks, ranges, strict=True):
+            assert all(low <= tensor.data_ptr() < high for tensor in frozen_tensors(block.module))
+
+    def test_they_can_be_given_up_brought_back_and_counted_anew(self, bases: dict[str, Path]) -> None:
+        family, adapter = adapted(bases["z_image"])
+        expected = answer(family, adapter)
+        one = swap_blocks(family, 1)
+        assert equal(answer(family, adapter), expected)
+        more = swap_blocks(family, 3)
+        assert not one.blocks
+        assert family.swapped is more
+        assert equal(answer(family, adapter), expected)
+        more.bring_back()
+        assert family.swapped is None
+        assert equal(answer(family, adapter), expected)
+        low = [block.host.data_ptr() for block in more.blocks]
+        assert not low
+
+    def test_a_step_that_fails_midway_leaves_nothing_wrong(self, bases: dict[str, Path]) -> None:
+        family, adapter = adapted(bases["z_image"])
+        expected = answer(family, adapter)
+        swap = swap_blocks(family, 99)
+        checkpointed = checkpoint_blocks(family, 1.0, offload=True)
+        fails: list[bool] = []
+
+        def fail(*_: Any) -> None:
+            if fails.pop(0):
+                raise MemoryError
+
+        handle = layer_of(denoiser_blocks(family)[2][1]).register_forward_pre_hook(fail)
+        for forward_too in (True, False):
+            fails[:] = [forward_too, True]
+            with pytest.raises(MemoryError):
+                answer(family, adapter)
+            swap.release()
+            checkpointed.offloader.reset()  # type: ignore[union-attr]
+            for parameter in adapter.parameters():
+                parameter.grad = None
+        handle.remove()
+        assert equal(answer(family, adapter), expected)
+        assert checkpointed.offloader.host_bytes == 0  # type: ignore[union-attr]
+
+    def test_a_part_that_two_blocks_share_stays_on_the_card(self, bases: dict[str, Path]) -> None:
+        family, adapter = adapted(bases["z_image"])
+        blocks = [block for _, block in denoiser_blocks(family)]
+        name, parameter = next((n, p) for n, p in blocks[2].named_parameters() if not p.requires_grad and p.dim() == 1)
+        holder, _, leaf = name.rpartition(".")
+        setattr(blocks[3].get_submodule(holder), leaf, parameter)
+        expected = answer(family, adapter)
+        swap = swap_blocks(family, 99)
+        assert all(place.tensor is not parameter for block in swap.blocks for place in block.places)
+        assert equal(answer(family, adapter), expected)
+
+    @pytest.mark.campaign
+    @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+    def test_compiled_blocks_are_swapped_too(self, bases: dict[str, Path]) -> None:
+        family, adapter = adapted(bases["qwen_image"], dropout=0.0)
+        expected = answer(family, adapter)
+        for _, block in denoiser_blocks(family):
+            block.forward = torch.compile(block.forward, backend="aot_eager")  # type: ignore[method-assign]
+        swap = swap_blocks(family, 99, depth=1)
+        for _ in range(2):
+            for one, other in zip(answer(family, adapter), expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        assert swap.copies >= 4
+
+
+def layer_of(block: nn.Module) -> nn.Module:
+    """A module inside a block that runs once each time the block does."""
+    return next(module for module in block.modules() if isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.Linear))
+
+
+class TestWaiting:
+    def test_a_waiting_denoiser_comes_when_the_encoders_are_gone(
+        self, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        present: list[tuple[str, bool]] = []
+        moved = nn.Module.to
+
+        def to(module: nn.Module, *place: Any, **named: Any) -> nn.Module:
+            present.append((type(module).__name__, bool(family and (family[0].text_encoders or family[0]._vae))))
+            return moved(module, *place, **named)
+
+        family: list[Any] = []
+        files = locate_base(str(bases["flux1"]))
+        module, identity = identify_base(files)
+        family.append(module.load(files, identity, CPU, torch.float32, Placement(apart=True)))
+        monkeypatch.setattr(nn.Module, "to", to)
+        family[0].encode_prompts(["a red circle"])
+        family[0].encode_images(torch.zeros(1, 3, 64, 64))
+        name = type(family[0].denoiser).__name__
+        assert name not in dict(present), "it came while the encoders worked"
+        family[0].release_encoders()
+        assert [gone for moving, gone in present if moving == name] == [False], "it came before they were gone"
+        family[0].release_encoders()
+        assert [moving for moving, _ in present].count(name) == 1
+
+    @pytest.mark.parametrize("placement", [Placement(apart=True), Placement(swapped_blocks=2)])
+    def test_who_uses_it_before_gets_it(
+        self, placement: Placement, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        files = locate_base(str(bases["flux1"]))
+        module, identity = identify_base(files)
+        family = module.load(files, identity, CPU, torch.float32, placement)
+        if placement.swapped_blocks:
+            family.release_encoders(keep_text=True)
+        moves = count_moves(family.denoiser, monkeypatch)
+        adapter = attach_adapter(family, AdapterSettings(rank=2), seed=1)
+        expected = answer(family, adapter, backward=False)
+        assert moves == [CPU]
+        plain = load_tiny(bases["flux1"])
+        assert equal(answer(plain, attach_adapter(plain, AdapterSettings(rank=2), seed=1), backward=False), expected)
+
+    def test_swapped_blocks_never_were_on_the_card_at_once(
+        self, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        files = locate_base(str(bases["flux1"]))
+        module, identity = identify_base(files)
+        family = module.load(files, identity, CPU, torch.float32, Placement(swapped_blocks=2))
+        moves = count_moves(family.denoiser, monkeypatch)
+        family.release_encoders(keep_text=True)
+        swap_blocks(family, 2)
+        adapter = attach_adapter(load_tiny(bases["flux1"]), AdapterSettings(rank=2), seed=1)
+        answer(family, adapter, backward=False)
+        assert not moves
+
+
+def count_moves(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """Where the whole module is moved from now on."""
+    moves: list[torch.device] = []
+    moved = module.to
+
+    def to(device: torch.device) -> nn.Module:
+        moves.append(device)
+        return moved(device)
+
+    monkeypatch.setattr(module, "to", to)
+    return moves
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("sd15", "locon"),
+        ("flux1", "dora"),
+        *(
+            pytest.param(*cell, marks=pytest.mark.campaign)
+            for cell in itertools.product(FAMILIES, ["lora", "dora", "loha", "lokr"])
+        ),
+    ],
+)
+def test_an_adapter_in_the_bases_16_bits_is_as_near_to_the_truth_as_one_in_fp32(
+    name: str, kind: str, bases: dict[str, Path]
+) -> None:
+    answers = []
+    for dtype, base in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        family, adapter = adapted(bases[name], dtype, dropout=0.0, **ADAPTERS[kind])
+        if base:
+            adapter.compute_as_base()
+        answers.append(answer(family, adapter))
+        assert all(gradient.dtype == torch.float32 for gradient in answers[-1][1:])
+    truth, fp32, half = (torch.cat([part.flatten() for part in parts[1:]]) for parts in answers)
+    assert (half - truth).norm() <= 1.5 * (fp32 - truth).norm() + 1e-3 * truth.norm()
+    assert (half - fp32).norm() <= 0.05 * fp32.norm()
+    assert float(abs(answers[2][0] - answers[1][0])) <= 2e-3 * float(answers[1][0])
+
+
+def test_an_adapter_in_16_bits_keeps_no_fp32_copies_and_drops_as_one_in_fp32(bases: dict[str, Path]) -> None:
+    kept = []
+    for base in (False, True):
+        family, adapter = adapted(bases["flux1"], torch.bfloat16, targets="all-linear")
+        if base:
+            adapter.compute_as_base()
+        kept.append(saved_bytes(partial(answer, family, adapter)))
+        once = answer(family, adapter)
+        checkpoint_blocks(family, 1.0)
+        assert equal(answer(family, adapter), once)
+    assert kept[1] < 0.85 * kept[0], kept
+
+
+def test_a_run_with_every_saver_is_resumed_to_the_bit_and_gives_what_it_gives_without(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    savers = {"swapped_blocks": 2, "checkpoint_share": 0.5, "offload_activations": True, "apart": True}
+    sections: dict[str, Any] = {
+        "train": {"gradient_checkpointing": True, "gradient_accumulation": 2},
+        "adapter": {"dropout": 0.2},
+        "previews": {"every": 2, "steps": 1, "prompts": ["[trigger]"]},
+        "checkpoints": {"every": 2},
+    }
+    # Tiles change the latents themselves, so both runs have them.
+    _, plain = run_training(tiny_config(bases["flux1"], tmp_path, **sections, memory={"tile_pictures": True}))
+    config = tiny_config(bases["flux1"], tmp_path, **sections, memory={**savers, "tile_pictures": True})
+    stopped, first = run_training(config, RecordingHost(at={2: [Command.STOP]}))
+    _, second = run_training(config, run=stopped)
+    assert first.losses() + second.losses() == plain.losses()
+
+
+def test_a_run_out_of_memory_offloads_and_swaps_at_last_and_a_resumed_one_does_so_at_once(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_ladder, "has_own_memory", lambda device: True)
+    config = tiny_config(bases["z_image"], tmp_path, train={"batch_size": 1})
+    _, plain = run_training(config)
+    step = Learner.run_step
+
+    def short(learner: Learner, number: int) -> Any:
+        swapped = learner.family.swapped
+        if not isinstance(swapped, BlockSwap) or len(swapped.blocks) < 4:
+            raise MemoryError
+        return step(learner, number)
+
+    monkeypatch.setattr(Learner, "run_step", short)
+    stopped, host = run_training(config, RecordingHost(at={2: [Command.STOP]}))
+    changes = [event.change for event in host.of(MemoryReduced) if event.phase == "step"]
+    assert [change.split()[-1] for change in changes[-3:]] == ["memory"] * 3
+    assert "4 of 4 blocks" in changes[-1]
+    _, again = run_training(config, run=stopped)
+    assert not again.of(MemoryReduced)
+    assert host.losses() + again.losses() == plain.losses()
