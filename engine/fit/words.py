@@ -45,7 +45,9 @@ def switches_of(problem: Problem, found: Candidate) -> tuple[Switch, ...]:
         other = problem.forecast(without)
         seconds = problem.seconds(without)
         saved = _saving(found.forecast, other)
-        slower = found.seconds / seconds - 1
+        # What multiplying in few bits gains is a switch of its own.
+        own = found.levers if key != FIELDS["quantize"] else replace(found.levers, matmul=False)
+        slower = problem.seconds(own) / seconds - 1
         value = found.levers.key_values()[key]
         switches.append(Switch(key, value, saved, slower, f"{label}: {_saved(saved)}, {_slower(slower)}"))
     return tuple(sorted(switches, key=lambda switch: -switch.saves_gib))
