@@ -159,7 +159,8 @@ class BlockSwap:
         """Move the denoiser as its own `to` would; away from its card the swapped blocks compute in main memory."""
         self.release()
         stays = {id(place.tensor) for block in self.blocks for place in block.places}
-        self._family.denoiser._apply(lambda tensor: tensor if id(tensor) in stays else tensor.to(device))
+        denoiser: Any = self._family.denoiser
+        denoiser._apply(lambda tensor: tensor if id(tensor) in stays else tensor.to(device))
         self._away = device != self.device
 
     def bring_back(self) -> None:

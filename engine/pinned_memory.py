@@ -6,6 +6,7 @@ import contextlib
 import logging
 import mmap
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def host_buffer(size: int, device: torch.device) -> Tensor:
         return torch.empty(size, dtype=torch.uint8)
     # Pages of its own: what is registered twice is refused.
     buffer = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
-    runtime = torch.cuda.cudart()
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     if int(runtime.cudaHostRegister(buffer.data_ptr(), size, 0)):
         logger.warning("The driver pins no more main memory (%d MiB were wanted): block swap is slower.", size >> 20)
         with contextlib.suppress(RuntimeError):

@@ -40,7 +40,8 @@ def _apply_matrix(matrix: Any, x: Tensor) -> Tensor:
     """Apply the down or up matrix of a LoRA as its layer would, in the format of `x`."""
     weight = matrix.weight.to(x.dtype)
     if isinstance(matrix, nn.Conv2d):
-        return matrix._conv_forward(x, weight, None)
+        x = matrix._conv_forward(x, weight, None)
+        return x
     return functional.linear(x, weight)
 
 
@@ -74,7 +75,8 @@ def _apply_dora(
         norms = row_norms(module)
     ratio = module.tensors[MAGNITUDE].flatten() / norms
     product = matrices["lora_B"](matrices["lora_A"](x))
-    return _by_channel(ratio - 1.0, x).to(x.dtype) * plain + _by_channel(ratio * scaling, x).to(x.dtype) * product
+    learned: Tensor = _by_channel(ratio * scaling, x).to(x.dtype) * product
+    return _by_channel(ratio - 1.0, x).to(x.dtype) * plain + learned
 
 
 def _by_channel(values: Tensor, x: Tensor) -> Tensor:
