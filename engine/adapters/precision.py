@@ -40,8 +40,8 @@ def _apply_matrix(matrix: Any, x: Tensor) -> Tensor:
     """Apply the down or up matrix of a LoRA as its layer would, in the format of `x`."""
     weight = matrix.weight.to(x.dtype)
     if isinstance(matrix, nn.Conv2d):
-        x = matrix._conv_forward(x, weight, None)
-        return x
+        convolved: Tensor = matrix._conv_forward(x, weight, None)
+        return convolved
     return functional.linear(x, weight)
 
 
