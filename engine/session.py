@@ -289,7 +289,7 @@ class Session:
             # Imported here: torch takes seconds, and a broken torch must end the run in words.
             from lorasmith.engine.doctor.set_aside import set_aside_broken_packages
 
-            set_aside_broken_packages()
+            set_aside_broken_packages(trying=False)
             from lorasmith.engine.trainer import train
 
             train(self.run, self.config, self)

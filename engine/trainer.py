@@ -17,6 +17,7 @@ from lorasmith.engine.config import RunConfig
 from lorasmith.engine.controls import Controls, Host, RunPaths
 from lorasmith.engine.dataset.captions import require_trigger
 from lorasmith.engine.disk_plan import reserved_beside_cache
+from lorasmith.engine.doctor.set_aside import set_aside_broken_packages
 from lorasmith.engine.errors import EXIT_STOPPED, CheckpointError
 from lorasmith.engine.events import RunEnded, StageChanged
 from lorasmith.engine.finishing import draw, finish
@@ -55,6 +56,7 @@ def train(run: RunPaths, config: RunConfig, host: Host) -> None:
     warnings: list[str] = []
     with engine_threads(), deterministic_kernels(config.train.deterministic, warnings.append):
         require_trigger(config.captions)
+        set_aside_broken_packages()
         compute = choose_compute(config.train)
         checkpoint = find_checkpoint(run.checkpoints, config, warnings.append)
         announce(run, config, host, compute, checkpoint, warnings)

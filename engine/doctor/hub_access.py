@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import email.utils
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from lorasmith.engine.doctor.check import Check
 from lorasmith.engine.families import families
 from lorasmith.engine.run_log import plain_text
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 HUB_SECONDS: Final = 5.0
 GATED_SECONDS: Final = 10.0
@@ -87,6 +89,9 @@ def check_hub_token() -> Check:
 
 def check_gated_models() -> Check:
     """Which base models that lorasmith suggests this account may download."""
+    # Its import fails in a thread that outlives the main one, and a run's thread imports this package.
+    from concurrent.futures import ThreadPoolExecutor, wait
+
     name = "gated models"
     asked = [repo for module in families().values() for repo in module.SPEC.hub_ids]
     pool = ThreadPoolExecutor(_ASKED_AT_ONCE, thread_name_prefix="hub")

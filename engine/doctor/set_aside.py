@@ -15,12 +15,12 @@ PACKAGE: Final = "bitsandbytes"
 logger = logging.getLogger("lorasmith.doctor")
 
 
-def set_aside_broken_packages() -> str:
+def set_aside_broken_packages(*, trying: bool = True) -> str:
     """Let bitsandbytes count as not installed where it cannot be imported; returns why, or "" where it can.
 
     Without it everything works but its own optimizers and nf4. To be called before diffusers is imported, which would
     import it as well; the process has to be started anew after it was mended. One that the doctor saw crash a process
-    is not tried again here.
+    is not tried again here; without `trying` nothing else is set aside, and nothing imported.
     """
     modules: dict[str, Any] = sys.modules
     if PACKAGE in modules:
@@ -29,6 +29,8 @@ def set_aside_broken_packages() -> str:
     # It tells its missing CPU kernels to stderr, over whatever is on the screen.
     logging.getLogger(PACKAGE).setLevel(logging.ERROR)
     why = next((check.detail for check in remembered_checks() if check.name == PACKAGE and check.crashed), "")
+    if not why and not trying:
+        return ""
     if not why:
         try:
             importlib.import_module(PACKAGE)

@@ -230,6 +230,8 @@ def test_a_child_that_is_left_early_is_ended(
 SET_ASIDE = """
 import sys
 from lorasmith.engine import doctor
+assert doctor.set_aside_broken_packages(trying=False) == ""
+assert "bitsandbytes" not in sys.modules
 why = doctor.set_aside_broken_packages()
 assert doctor.set_aside_broken_packages()
 import importlib.util
@@ -253,7 +255,10 @@ def test_a_bitsandbytes_that_crashed_a_process_is_not_tried_in_this_one(
 ) -> None:
     fake_package("bitsandbytes", "crashes")
     doctor.remember([Check("bitsandbytes", "fail", "crashed (SIGILL)", crashed=True)])
-    code = "import sys; from lorasmith.engine import doctor; sys.stdout.write(doctor.set_aside_broken_packages())"
+    code = (
+        "import sys; from lorasmith.engine import doctor; "
+        "sys.stdout.write(doctor.set_aside_broken_packages(trying=False)); assert sys.modules['bitsandbytes'] is None"
+    )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "crashed (SIGILL)" in said
 
