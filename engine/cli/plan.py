@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from lorasmith.engine.cli.output import columns, say, say_json
 from lorasmith.engine.cli.plan_all import require_run_file, show_all, show_fit
-from lorasmith.engine.cli.plan_measure import show_measure
+from lorasmith.engine.cli.plan_measure import count_step, measured_here, show_measure
 from lorasmith.engine.cli.train import Sets
 from lorasmith.engine.run_file import load_run_file, parse_assignments, resolve_config, setting_fields
 
@@ -59,7 +59,9 @@ def plan(
         return
     files, identity = local_base(resolved.config.base)
     dataset = _dataset(resolved.config.dataset)
-    forecast = build_plan(resolved, identity, dataset, files)
+    if files is not None and identity is not None:
+        count_step(resolved.config, files, identity)
+    forecast = build_plan(resolved, identity, dataset, files, measured_here(resolved.config, identity))
     if as_json:
         say_json(forecast.to_json())
     else:

@@ -1,4 +1,4 @@
-"""`lorasmith plan --measure`: every stage of a run tried once on this machine, and what it took."""
+"""What `lorasmith plan` finds out by trying: `--measure` does every stage of a run once; a step can be simulated."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING
 from lorasmith.engine.cli.output import columns, say, say_json, visible
 
 if TYPE_CHECKING:
+    from lorasmith.engine.config import RunConfig
+    from lorasmith.engine.families import BaseIdentity
+    from lorasmith.engine.memory.calibration import Calibration
     from lorasmith.engine.memory.measured import RehearsalProgress
     from lorasmith.engine.run_file import ResolvedConfig
+    from lorasmith.engine.sources import BaseFiles
 
 
 def show_measure(resolved: ResolvedConfig, *, as_json: bool) -> None:
@@ -34,3 +38,33 @@ def show_measure(resolved: ResolvedConfig, *, as_json: bool) -> None:
     say("")
     for line in columns([("run", resolved.config.run.name), *found.rows()], indent=""):
         print(line)
+
+
+def measured_here(config: RunConfig, identity: BaseIdentity | None) -> Calibration:
+    """Return what earlier runs of this family have measured on the card that the run will have."""
+    from lorasmith.engine import hardware
+    from lorasmith.engine.fit.machine import gpu_of
+    from lorasmith.engine.memory.calibration import UNKNOWN, CardKey, read
+
+    gpu = gpu_of(hardware.snapshot().gpus, config.train.device) if identity is not None else None
+    return UNKNOWN if gpu is None or identity is None else read(CardKey(gpu.name, gpu.driver or "", identity.family))
+
+
+def count_step(config: RunConfig, files: BaseFiles, identity: BaseIdentity) -> None:
+    """Have the memory of one step counted where nobody has done so with such an adapter; it is kept for the next time.
+
+    Whatever goes wrong there only means that there is no forecast.
+    """
+    from lorasmith.engine.families import families
+    from lorasmith.engine.memory.of_run import Known, lacks_only_a_step
+
+    module = families()[identity.family]
+    if not lacks_only_a_step(config, Known(module.SPEC, files, config.dataset.resolution**2)):
+        return
+    say("Counting the memory of one step with this kind of adapter, once; that can take some minutes.", to_stderr=True)
+    from lorasmith.engine.simulation import simulated_step_memory
+
+    try:
+        simulated_step_memory(module, files, identity, config)
+    except Exception as error:
+        say(f"It could not be counted: {error}", to_stderr=True)

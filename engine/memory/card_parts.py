@@ -152,10 +152,10 @@ class CardParts:
         in_fp32 = self.wide == 4
         # In fp32 there is one format for all, twice as wide as that of a LoRA in the base's 16 bits.
         laws = laws_of.base if in_fp32 or config.memory.lora_precision == "base" else laws_of.fp32
-        share, pictures, megapixels = checkpointed_share(config, self.model.num_blocks), config.train.batch_size, 0.0
-        megapixels = subject.megapixels
-        mib = max(0.0, _laws_mib(laws, share, largest_rank(config), pictures, megapixels))
-        mib = mib * 2 if in_fp32 else mib
+        share, pictures = checkpointed_share(config, self.model.num_blocks), config.train.batch_size
+        mib = max(0.0, _laws_mib(laws, share, largest_rank(config), pictures, subject.megapixels))
+        # A step that was simulated for these settings was so in fp32 too.
+        mib = mib * 2 if in_fp32 and subject.step is None else mib
         return max(0.0, mib - self.offloaded) + self._text_activations
 
     @property

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasmith.engine.memory.calibration import UNKNOWN, Calibration
 from lorasmith.engine.memory.constants import find_memory
 from lorasmith.engine.memory.forecast import Forecast, Subject, can_forecast, forecast
+from lorasmith.engine.memory.simulated import cached_step_memory, step_key
 from lorasmith.engine.memory.sizes import denoiser_tensors
 
 if TYPE_CHECKING:
@@ -69,7 +70,19 @@ def subject_of(config: RunConfig, known: Known) -> tuple[Subject | None, str]:
         training_adapter_bytes=_training_adapter_bytes(config),
     )
     reason = can_forecast(subject)
+    if reason:
+        # Somebody may have had it counted on this machine.
+        subject = replace(subject, step=cached_step_memory(step_key(known.spec.name, known.files, config)))
+        reason = can_forecast(subject)
     return (None, f"not forecast: {reason} {_MEASURE[0].upper()}{_MEASURE[1:]}.") if reason else (subject, "")
+
+
+def lacks_only_a_step(config: RunConfig, known: Known) -> bool:
+    """Tell whether there would be a forecast if a step with this adapter were simulated, which can be done."""
+    if known.spec is None or known.files is None or config.adapter.text_encoder:
+        return False
+    weights = sum(math.prod(info.shape) for info in denoiser_tensors(known.files).values())
+    return find_memory(known.spec.name, weights) is not None and subject_of(config, known)[0] is None
 
 
 def _training_adapter_bytes(config: RunConfig) -> int:

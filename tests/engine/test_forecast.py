@@ -65,7 +65,6 @@ def test_a_step_is_the_sum_of_what_can_be_worked_out_by_hand() -> None:
         ({"train__gradient_checkpointing": True, "memory__checkpoint_share": 0.5}, 200 + 1_900 + 16_000),
         ({"train__gradient_checkpointing": True, "memory__checkpoint_share": 0.75}, 200 + 1_070 + 9_020),
         ({"train__gradient_checkpointing": True, "memory__checkpoint_share": 0.25}, 200 + 2_700 + 22_750),
-        ({"memory__checkpoint_share": 0.5}, 200 + 3_500 + 29_500),
         ({"memory__lora_precision": "base"}, 200 + 2_700 + 22_000),
         ({"train__precision": "fp32"}, 2 * (200 + 2_700 + 22_000)),
         ({"adapter__rank": 48}, 200 + 3_500 + 29_500 + 32 * 9),
@@ -86,7 +85,6 @@ def test_inputs_of_checkpointed_blocks_wait_in_main_memory_but_for_two() -> None
     away = (170 + 1_400) * 55 / 57 / 1024
     assert whole.step.of("activations") - found.step.of("activations") == pytest.approx(away)
     assert {part.name: part.gib for part in found.ram}.get("activations", away) == pytest.approx(away)
-    assert told(memory__offload_activations=True).step == told().step
 
 
 @pytest.mark.parametrize(
@@ -254,10 +252,17 @@ SETTINGS = st.fixed_dictionaries(
 )
 
 
+def sensible(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values without what contradicts the others."""
+    if not values["train__gradient_checkpointing"]:
+        values = values | {"memory__checkpoint_share": 1.0, "memory__offload_activations": False}
+    return values | ({"train__ema_decay": 0.0} if "schedulefree" in values["optimizer__name"] else {})
+
+
 def build(values: dict[str, Any], model: ModelMemory, megapixels: float, **more: Any) -> Forecast | None:
     """Return the forecast of settings, or None where they contradict each other."""
     try:
-        return told(model, megapixels, **(values | more))
+        return told(model, megapixels, **sensible(values | more))
     except ValueError:
         return None
 
@@ -273,19 +278,20 @@ def test_more_to_do_never_takes_less(
     more = [
         build(values, model, megapixels, adapter__rank=values["adapter__rank"] + rank),
         build(values, model, megapixels, train__batch_size=values["train__batch_size"] + batch),
-        told(model, megapixels * 1.3, **values),
+        build(values, model, megapixels * 1.3),
     ]
     for found in more:
         assert found is not None
         assert found.step.total >= less.step.total - 1e-9
-        assert found.ram_gib >= less.ram_gib - 1e-9
+        # Too many prompts are no longer kept in main memory.
+        assert values["captions__shuffle"] or found.ram_gib >= less.ram_gib - 1e-9
 
 
 SAVERS: list[dict[str, Any]] = [
     {"train__gradient_checkpointing": True, "memory__checkpoint_share": 1.0},
     {"memory__quantize": "nf4"},
     {"memory__quantize_text_encoders": "nf4"},
-    {"memory__swapped_blocks": 57},
+    {"memory__swapped_blocks": 200},
     {"memory__offload_activations": True},
     {"memory__lora_precision": "base"},
     {"memory__apart": True},

@@ -19,6 +19,7 @@ from lorasmith.engine.dataset.scan import scan_dataset
 from lorasmith.engine.families import BaseIdentity, families, identify_base
 from lorasmith.engine.memory import GIB, of_run
 from lorasmith.engine.memory.calibration import Calibration
+from lorasmith.engine.memory.simulated import step_key, store_step_memory
 from lorasmith.engine.plan import Plan, build_plan
 from lorasmith.engine.run_file import Layer, ResolvedConfig, resolve_config
 from lorasmith.engine.sources import BaseFiles, TensorInfo, locate_base
@@ -361,3 +362,26 @@ def test_the_plan_tells_the_scale_and_which_programs_load_the_file() -> None:
     assert plan.loads_in == {layout: module.SPEC.readers[layout]}
     assert (f"{layout} file", f"loads in {', '.join(module.SPEC.readers[layout])}") in plan.rows()
     assert build_plan(resolved).loads_in == {}
+
+
+@pytest.mark.usefixtures("counted")
+def test_an_adapter_that_was_simulated_here_is_forecast(tmp_path: Path, tiny_sd15: Path) -> None:
+    adapter = {"kind": "locon", "rank": 4}
+    layers = resolved(tmp_path, dataset={"resolution": 512}, adapter=adapter)
+    files = FullSize("folder", tiny_sd15, "x")
+    spec = families()["sd15"].SPEC
+    known = of_run.Known(spec, files, 512 * 512)
+    assert of_run.lacks_only_a_step(layers.config, known)
+    step = dataclasses.replace(small_unet().steps["attention"], per_rank=1000)
+    store_step_memory(step_key("sd15", files, layers.config), step)
+    assert not of_run.lacks_only_a_step(layers.config, known)
+    found, basis = of_run.forecast_run(layers.config, known)
+    assert found is not None
+    assert found.step.of("adapter") == pytest.approx(4 * 1000 * 4 / GIB)
+    assert "simulated" in basis
+    # Simulated in fp32, a step needs no factor for it.
+    in_fp32 = resolved(tmp_path, dataset={"resolution": 512}, adapter=adapter, train={"precision": "fp32"}).config
+    store_step_memory(step_key("sd15", files, in_fp32), step)
+    found_fp32, _ = of_run.forecast_run(in_fp32, known)
+    assert found_fp32 is not None
+    assert found_fp32.step.of("activations") == pytest.approx(found.step.of("activations"))
