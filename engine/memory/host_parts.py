@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from lorasmith.engine.memory.card_parts import CardParts, Named
 
 PROGRAM_GIB = 1.5
-"""Main memory of the process itself with torch, diffusers and transformers imported."""
+"""Main memory of the process itself: 0.5 GiB with torch, diffusers and transformers imported (measured without a GPU),
+and 1 GiB assumed for what the CUDA driver and its libraries keep there."""
 _SPARE_PROMPTS = 8
 """Prompts of a run beside its pictures' own: those of previews, the empty one and the like."""
 

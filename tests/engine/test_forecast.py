@@ -216,11 +216,12 @@ def test_a_forecast_can_be_stored() -> None:
     assert data["ram"]["total"] > 0
 
 
-def test_a_forecast_takes_under_two_tenths_of_a_millisecond() -> None:
+def test_a_forecast_takes_well_under_a_millisecond() -> None:
+    """0.1 ms where this was written; the limit is for machines that are much slower."""
     asked = subject(memory__quantize="nf4", memory__swapped_blocks=20, train__gradient_checkpointing=True)
     forecast(asked)
     best = min(_seconds(asked) for _ in range(30))
-    assert best < 200e-6
+    assert best < 1e-3
 
 
 def _seconds(asked: Subject) -> float:
