@@ -11,6 +11,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from lorasmith.engine.families._loading import skeletons
 from lorasmith.engine.simulation.references import load_reference, reference_files
 from tests.tiny import TINY_BUILDERS
 
@@ -25,7 +26,8 @@ def build_sparse_base(folder: Path, family: str, name: str) -> Path:
     TINY_BUILDERS[family](tiny)
     shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     denoiser = next(part for part in ("unet", "transformer") if (folder / part).is_dir())
-    modules = {denoiser: loaded.denoiser, "vae": loaded.load_vae(), **loaded.text_encoders}
+    with skeletons():
+        modules = {denoiser: loaded.denoiser, "vae": loaded.load_vae(), **loaded.text_encoders}
     for part, module in modules.items():
         place = folder / part
         place.mkdir(exist_ok=True)

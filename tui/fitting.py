@@ -6,7 +6,6 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from lorasmith.tui.card import Card, CardQuestion, Estimate, card_of, estimate
-from lorasmith.tui.draft_settings import DraftSettings
 from lorasmith.tui.findings import USUAL_PICTURES, Look
 
 if TYPE_CHECKING:
@@ -20,7 +19,6 @@ class Fitting:
 
     def __init__(self, known: Known) -> None:
         self._known = known
-        self._unfitted = DraftSettings(lambda: known.draft, known.preset_advice)
         self._cards: tuple[tuple[object, ...], Card | None] = ((), None)
         self._estimates: tuple[tuple[object, ...], Estimate] | None = None
         self._guns: tuple[tuple[object, ...], list[FootGun]] = ((), [])
@@ -45,13 +43,13 @@ class Fitting:
         if base is None or card is None or self._known.draft.is_demo:
             return None
         question = CardQuestion(
-            self._unfitted.config(),
+            self._known.unfitted.config(),
             base,
             card,
             self._pictures(),
             frozenset(self._known.draft.answers),
         )
-        key = (base.files.origin, id(card), self._pictures(), self._unfitted.everything())
+        key = (base.files.origin, id(card), self._pictures(), self._known.unfitted.everything())
         return self._known.look("fit", key, partial(self._known.probes.fit, question))
 
     def plan(self) -> Fit | None:

@@ -31,6 +31,8 @@ class Known:
         self._told = told
         self._advice: tuple[tuple[object, ...], list[Advice]] = ((), [])
         self._settings = DraftSettings(draft, self.advice)
+        # What is done to fit the card follows from the pictures, so finding them must not follow from that.
+        self.unfitted = DraftSettings(draft, self.preset_advice)
         self.fitting = Fitting(self)
         self._scan_again = False
 
@@ -109,7 +111,7 @@ class Known:
             return None
         if again:
             self.looks.pop("dataset", None)
-        return self.look("dataset", self._settings.scan_key(), partial(self.probes.dataset, settings))
+        return self.look("dataset", self.unfitted.scan_key(), partial(self.probes.dataset, settings))
 
     def look_again(self) -> None:
         """Scan the dataset as it is now, after an edit; only when the scan that is under way is over."""
@@ -182,7 +184,7 @@ class Known:
         keys: Mapping[str, Callable[[], tuple[Any, ...]]] = {
             "base_model": self._base_key,
             "download": lambda: self._base_key()[:2],
-            "dataset": self._settings.scan_key,
+            "dataset": self.unfitted.scan_key,
             "words": self._base_key,
             "checks": self._checks_key,
         }
