@@ -176,10 +176,12 @@ def find_tokenizers(base: FoundBase, tell: Tell) -> list[Any]:
 
 def start_session(resolved: ResolvedConfig, tell: Tell) -> Any:
     """Make the run folder and start its engine thread; raises LorasmithError."""
-    from lorasmith.engine.preflight import require_ready
+    from lorasmith.engine.preflight import require_ready, require_usable
     from lorasmith.engine.session import Session, create_run
 
     require_ready(resolved.config)
+    tell("trying what the settings need", 0, 0)
+    require_usable(resolved.config)
     tell("loading PyTorch", 0, 0)
     with HEAVY_IMPORTS:
         pass  # the engine thread imports the same packages
@@ -191,11 +193,12 @@ def start_session(resolved: ResolvedConfig, tell: Tell) -> Any:
 
 def queue_run(resolved: ResolvedConfig) -> str:
     """Make the run folder, put the run at the end of the queue, and return how it goes on, in words."""
-    from lorasmith.engine.preflight import require_ready
+    from lorasmith.engine.preflight import require_ready, require_usable
     from lorasmith.engine.run_folder import create_run
     from lorasmith.engine.run_queue import RunQueue, entry_state
 
     require_ready(resolved.config)
+    require_usable(resolved.config)
     queue = RunQueue()
     queue.add(create_run(resolved))
     waiting = sum(entry_state(entry).status == "waiting" for entry in queue.entries())

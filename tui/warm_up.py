@@ -42,6 +42,7 @@ def import_heavy() -> None:
 
     A failure is not told here: it comes up again, with words, where the package is needed.
     """
+    from lorasmith.engine.doctor import set_aside_broken_packages
     from lorasmith.engine.run_log import quiet_libraries
 
     quiet_libraries()
@@ -50,6 +51,7 @@ def import_heavy() -> None:
         sys.meta_path.insert(0, finder)
         gc.disable()
         try:
+            set_aside_broken_packages()
             for name in HEAVY:
                 importlib.import_module(name)
         except Exception:

@@ -29,6 +29,7 @@ from lorasmith.engine.doctor.check import Choice as Choice
 from lorasmith.engine.doctor.check import Status as Status
 from lorasmith.engine.doctor.check import isolated
 from lorasmith.engine.doctor.choices import checks_behind as checks_behind
+from lorasmith.engine.doctor.choices import fast_products as fast_products
 from lorasmith.engine.doctor.choices import unusable_choices as unusable_choices
 from lorasmith.engine.doctor.choices import why_unusable as why_unusable
 from lorasmith.engine.doctor.remembered import remember as remember

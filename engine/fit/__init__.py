@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from lorasmith.engine.memory.forecast import Forecast, Subject
 
 Verdict = Literal["fits", "tight", "no"]
-MARGIN_SHARE, MARGIN_GIB = 0.08, 0.5
-"""What a plan that fits leaves of the card's free memory: the larger of the two (the allocator's slack and what other
-programs take meanwhile; `performance.md` of the design)."""
+MARGIN_SHARE, MARGIN_GIB = 0.05, 0.25
+"""What a plan that fits leaves of the card's free memory, the larger of the two, for what other programs take
+meanwhile: a run over 95 % is called tight. What the allocator takes is the forecast's own slack."""
 _SOURCE = "lorasmith's forecast for this card"
 
 
@@ -32,7 +32,8 @@ _SOURCE = "lorasmith's forecast for this card"
 class Room:
     """What is free on this machine in GiB, the card's data sheet, and how far measurements were from forecasts here.
 
-    `unusable` are choices that do not work on this machine, as (key, value).
+    `unusable` are choices that do not work on this machine, as (key, value). `fast_products` are the formats in which
+    `memory.quantized_matmul` was measured to be faster here than widening the weights (`engine.doctor`).
     """
 
     vram_gib: float
@@ -42,6 +43,7 @@ class Room:
     memory_calibration: float = 1.0
     seconds_calibration: float = 1.0
     unusable: frozenset[tuple[str, Any]] = frozenset()
+    fast_products: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ def solve(subject: Subject, room: Room, fixed: frozenset[str] = frozenset()) -> 
     unknown = can_forecast(subject)
     if unknown:
         raise ConfigError("There is no memory forecast for this run.", why=unknown, fix="Choose the settings yourself.")
-    problem = Problem(subject, room.card, choices(subject, room.card, fixed, room.unusable), forecast)
+    problem = Problem(
+        subject, room.card, choices(subject, room.card, fixed, room.unusable, room.fast_products), forecast
+    )
     full = Limits(room.vram_gib, room.ram_gib, room.disk_gib)
     roomy = replace(full, margin_gib=margin_gib(room.vram_gib))
     found = fastest(problem, roomy)

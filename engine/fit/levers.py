@@ -23,8 +23,6 @@ _IN_8_BITS: Mapping[str, str] = {
     "lion": "lion8bit",
     "ademamix": "ademamix8bit",
 }
-_MULTIPLIES_INT8 = (7, 5)
-_MULTIPLIES_FP8 = (8, 9)
 _COMPUTES_BF16 = (8, 0)
 FIELDS: Mapping[str, str] = {
     "quantize": "memory.quantize",
@@ -127,9 +125,16 @@ def with_levers(subject: Subject, levers: Levers) -> Subject:
 
 
 def choices(
-    subject: Subject, card: CardSpeed | None, fixed: frozenset[str], unusable: frozenset[tuple[str, Any]]
+    subject: Subject,
+    card: CardSpeed | None,
+    fixed: frozenset[str],
+    unusable: frozenset[tuple[str, Any]],
+    fast_products: frozenset[str] = frozenset(),
 ) -> Choices:
-    """Return what may be done: nothing to `fixed` keys, and nothing with what is `unusable` on this machine."""
+    """Return what may be done: nothing to `fixed` keys, and nothing with what is `unusable` on this machine.
+
+    Products in 8 bits are had only in the formats in which they were measured to be fast on this machine.
+    """
     start = levers_of(subject.config)
     open_ = _Open(fixed, unusable)
     trained = subject.config.adapter.text_encoder
@@ -140,7 +145,7 @@ def choices(
         checkpointed=_checkpointed(start, open_),
         swapped=open_.of("swapped", start.swapped, _swap_levels(subject.model.num_blocks)),
         quantize=_quantizations("quantize", start.quantize, _MULTIPLIED if multiplies else _FORMATS, open_),
-        matmul=_multiplies(start, open_, card),
+        matmul=_multiplies(start, open_, fast_products),
         lora=open_.of("lora", start.lora, ("fp32", "base") if _in_bf16(subject.config, card) else ("fp32",)),
         optimizer=_optimizers(start, open_),
         batches=_batches(start, open_),
@@ -193,15 +198,13 @@ def _quantizations(lever: str, now: str, known: tuple[str, ...], open_: _Open) -
     return formats
 
 
-def _multiplies(start: Levers, open_: _Open, card: CardSpeed | None) -> dict[str, tuple[bool, ...]]:
+def _multiplies(start: Levers, open_: _Open, fast_products: frozenset[str]) -> dict[str, tuple[bool, ...]]:
     """Return for each format of the base whether products in it may be had, the usual first."""
     if FIELDS["matmul"] in open_.fixed:
         return dict.fromkeys(_FORMATS, (start.matmul,))
-    able = {"int8": _MULTIPLIES_INT8, "fp8": _MULTIPLIES_FP8}
     found: dict[str, tuple[bool, ...]] = dict.fromkeys(_FORMATS, (False,))
-    for name, needs in able.items():
-        if card is not None and card.capability >= needs:
-            found[name] = open_.of("matmul", False, (False, True))
+    for name in fast_products:
+        found[name] = open_.of("matmul", False, (False, True))
     return found
 
 

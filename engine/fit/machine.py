@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine import hardware
+from lorasmith.engine.doctor import fast_products, remembered_checks, unusable_choices
 from lorasmith.engine.errors import BaseModelError, HardwareError
 from lorasmith.engine.families import families, identify_base
 from lorasmith.engine.fit import Room
@@ -59,15 +60,20 @@ def room_here(config: RunConfig, family: str) -> Room:
 
 
 def room_of(
-    here: HardwareSnapshot, gpu: Gpu, family: str, unusable: frozenset[tuple[str, Any]] = frozenset()
+    here: HardwareSnapshot, gpu: Gpu, family: str, unusable: frozenset[tuple[str, Any]] | None = None
 ) -> Room | None:
-    """Return what is free on a machine for a run of `family` on `gpu`, its first disk's space; None: not readable."""
+    """Return what is free on a machine for a run of `family` on `gpu`, its first disk's space; None: not readable.
+
+    `unusable` are choices that do not work here; None: as the doctor remembers them.
+    """
     if gpu.free_gib is None:
         return None
     memory, seconds = _calibration(gpu, family)
     disk = here.disks[0].free_gib if here.disks and here.disks[0].free_gib is not None else 0.0
     card = card_speed(gpu.name, gpu.compute_capability)
-    return Room(gpu.free_gib, here.memory.available_gib, disk, card, memory, seconds, unusable)
+    checks = remembered_checks(here)
+    broken = frozenset(unusable_choices(checks)) if unusable is None else unusable
+    return Room(gpu.free_gib, here.memory.available_gib, disk, card, memory, seconds, broken, fast_products(checks))
 
 
 def gpu_of(gpus: tuple[Gpu, ...], device: str) -> Gpu | None:
