@@ -25,8 +25,8 @@ class Check:
     `meaning` says in a sentence what it means for the user; `fix` is one line to copy or to follow. Both are empty
     where nothing is to be done. `disables` are the choices that cannot be used on this machine because of it, and
     `disables_together` those that cannot be used with each other. What is `optional` stops no training by failing: its
-    choices are taken away. `crashed` where trying it ended or hung a process. `speedup` is how many times as fast as without it something was,
-    where that was measured. `seconds` is how long the check took.
+    choices are taken away. `crashed` where trying it ended or hung a process. `speedup` is how many times as fast as
+    without it something was, where that was measured. `seconds` is how long the check took.
     """
 
     name: str

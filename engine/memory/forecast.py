@@ -110,7 +110,8 @@ class Subject:
     of every layer of the targets. `step` replaces the derived activations, where a step was simulated for these very
     settings. `calibration` is measured over forecast memory on this card, over `runs` runs; 1: not measured.
     `keeps_text` tells whether text encoders stay because there are too many prompts; None: judged from the settings.
-    `training_adapter_bytes` are those of a frozen LoRA that works beside the run's own.
+    `training_adapter_bytes` are those of a frozen LoRA that works beside the run's own. `mapped` tells whether the base
+    model's files have the format that is computed in, so that they need not be copied to be converted.
     """
 
     config: RunConfig
@@ -124,6 +125,7 @@ class Subject:
     runs: int = 0
     keeps_text: bool | None = None
     training_adapter_bytes: int = 0
+    mapped: bool = True
 
 
 def forecast(subject: Subject) -> Forecast:

@@ -45,14 +45,21 @@ def disk_parts(card: CardParts) -> Named:
 
 
 def _loading(card: CardParts) -> Named:
-    """Each part is read whole, and then lies on the card or waits here."""
+    """Parts are read one after another, and then lie on the card or wait here.
+
+    Weights in the format that is computed in are mapped from their files: their pages can be given up at any time, and
+    are not counted.
+    """
     memory, model = card.config.memory, card.model
-    wide = part_bytes(model.denoiser, "none", card.wide) / GIB
-    waiting, most = 0.0, wide
-    waiting += card.denoiser if card.waits else 0.0
+    read = 0.0 if card.subject.mapped else 1.0
+    most = read * part_bytes(model.denoiser, "none", card.wide) / GIB
+    held = memory.quantize != "none" or not card.subject.mapped
+    waiting = card.denoiser if card.waits and held else 0.0
+    most = max(most, waiting)
+    texts_held = memory.quantize_text_encoders != "none" or not card.subject.mapped
     for part, kept in zip(model.text.values(), card.texts, strict=True):
-        most = max(most, waiting + part_bytes(part, "none", card.wide) / GIB)
-        waiting += kept if memory.apart else 0.0
+        most = max(most, waiting + read * part_bytes(part, "none", card.wide) / GIB)
+        waiting += kept if memory.apart and texts_held else 0.0
     return [("program", PROGRAM_GIB), ("loading", max(most, waiting + card.autoencoder))]
 
 

@@ -68,6 +68,7 @@ def subject_of(config: RunConfig, known: Known) -> tuple[Subject | None, str]:
         runs=known.calibration.runs,
         keeps_text=known.keeps_text,
         training_adapter_bytes=_training_adapter_bytes(config),
+        mapped=_is_mapped(config, known.files),
     )
     reason = can_forecast(subject)
     if reason:
@@ -83,6 +84,15 @@ def lacks_only_a_step(config: RunConfig, known: Known) -> bool:
         return False
     weights = sum(math.prod(info.shape) for info in denoiser_tensors(known.files).values())
     return find_memory(known.spec.name, weights) is not None and subject_of(config, known)[0] is None
+
+
+def _is_mapped(config: RunConfig, files: BaseFiles) -> bool:
+    """Tell whether most weights have the format that is computed in; `auto` is bf16 on the cards of today."""
+    stored: dict[str, int] = {}
+    for info in denoiser_tensors(files).values():
+        stored[info.dtype] = stored.get(info.dtype, 0) + math.prod(info.shape)
+    wanted = {"fp32": "F32", "fp16": "F16"}.get(config.train.precision, "BF16")
+    return bool(stored) and max(stored, key=lambda dtype: stored[dtype]) == wanted
 
 
 def _training_adapter_bytes(config: RunConfig) -> int:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -62,7 +63,8 @@ def store_step_memory(key: str, step: StepMemory) -> None:
         part.write_text(json.dumps(step_table(step)), encoding="utf-8")
         part.replace(path)
     except OSError:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def step_table(step: StepMemory) -> dict[str, Any]:

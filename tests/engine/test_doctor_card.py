@@ -15,7 +15,16 @@ import pynvml
 import pytest
 
 from lorasmith.engine import hardware
-from lorasmith.engine.doctor import computing, graphics, quantized, torch_builds, trials, unusable_choices
+from lorasmith.engine.doctor import (
+    computing,
+    fast_products,
+    graphics,
+    quantized,
+    torch_builds,
+    trials,
+    unusable_choices,
+)
+from lorasmith.engine.doctor.check import Check
 from lorasmith.engine.doctor.choices import DISABLED_BY
 from lorasmith.engine.doctor.torch_builds import TORCH_PIN, has_code_for, how_to_mend, suitable_build
 from lorasmith.engine.hardware import HardwareSnapshot, Memory, TorchBuild, snapshot
@@ -401,3 +410,14 @@ def test_attention_kernels_that_do_not_work_are_told_with_what_they_cost(
     check = trials.try_here("attention")
     assert (check.status, check.blocking) == (status, status == "fail")
     assert check.meaning.startswith(words)
+
+
+def test_products_in_8_bits_count_as_fast_only_where_they_were_clearly_faster_and_right() -> None:
+    checks = [
+        Check("int8 product", "pass", "works", speedup=1.6),
+        Check("fp8 product", "fail", "wrong", speedup=1.9),
+        Check("bf16", "pass", "works"),
+    ]
+    assert fast_products(checks) == {"int8"}
+    assert fast_products([replace(checks[0], speedup=1.02)]) == frozenset()
+    assert fast_products([Check.from_json(checks[0].to_json() | {"blocking": 0})]) == {"int8"}

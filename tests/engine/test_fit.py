@@ -172,7 +172,7 @@ class TestQuality:
         assert "room without it" in fit_advice(fit)[0].why
 
     def test_the_base_is_kept_in_fewer_bits_only_where_swapping_does_not_do(self) -> None:
-        many, few = room(11.0), room(11.0, ram_gib=26.0)
+        many, few = room(11.0), room(11.0, ram_gib=12.0)
         assert "memory.quantize" not in solve(subject(), many).settings
         assert solve(subject(), few).settings["memory.quantize"] in ("int8", "nf4")
 
@@ -195,7 +195,7 @@ class TestQuality:
 
 class TestMachine:
     def test_choices_that_do_not_work_here_are_not_made(self) -> None:
-        few = room(11.0, ram_gib=26.0)
+        few = room(19.0, ram_gib=7.0)
         assert solve(subject(), few).settings["memory.quantize"] == "int8"
         broken = frozenset({("memory.quantize", "int8"), ("memory.swapped_blocks", 1)})
         fit = solve(subject(), replace(few, unusable=broken))
@@ -246,9 +246,9 @@ class TestWords:
         assert "close other programs on the card until" in fit.nearest
 
     def test_no_main_memory_is_told_as_such(self) -> None:
-        fit = solve(subject(), room(79.0, ram_gib=8.0))
+        fit = solve(subject(), room(79.0, ram_gib=1.0))
         assert fit.verdict == "no"
-        assert "of main memory, 8.0 GiB are free" in fit.reason
+        assert "of main memory, 1.0 GiB are free" in fit.reason
         assert "of free main memory would do" in fit.nearest
 
     def test_advice_gives_each_setting_its_reason(self) -> None:
@@ -259,3 +259,13 @@ class TestWords:
             assert (item.origin, item.source) == ("fit", "lorasmith's forecast for this card")
             assert item.why[0].isupper()
             assert item.why.endswith(".")
+
+
+def test_products_in_8_bits_are_had_only_where_they_were_measured_to_be_fast() -> None:
+    run = subject("flux1")
+    usual = solve(run, room(19.0, ram_gib=7.0))
+    measured = solve(run, room(19.0, ram_gib=7.0, fast_products=frozenset({"int8"})))
+    assert not usual.settings.get("memory.quantized_matmul")
+    assert measured.settings["memory.quantized_matmul"]
+    assert measured.settings["memory.quantize"] == "int8"
+    assert measured.time.seconds < usual.time.seconds

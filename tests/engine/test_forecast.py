@@ -176,10 +176,13 @@ def test_a_large_adapter_takes_most_while_it_is_updated() -> None:
 
 def test_main_memory_and_disk_have_parts_too() -> None:
     found = told(memory__swapped_blocks=57, adapter__rank=16)
-    loading = {part.name: part.gib for part in found.ram}
-    # The waiting denoiser, and T5 while it is read.
+    parts = {part.name: part.gib for part in found.ram}
+    assert parts["swapped blocks"] == pytest.approx(2 * (19 * 340e6 + 38 * 141e6 + 57_000) / GIB)
+    assert found.ram_gib == pytest.approx(sum(parts.values()))
+    # Where they have to be converted: the waiting denoiser, and T5 while it is read.
+    converted = forecast(replace(subject(memory__swapped_blocks=57), mapped=False))
+    loading = {part.name: part.gib for part in converted.ram}
     assert loading["loading"] == pytest.approx(2 * (11.9e9 + 4.73e9) / GIB)
-    assert found.ram_gib == pytest.approx(sum(loading.values()))
     disk = {part.name: part.gib for part in found.disk}
     assert set(disk) == {"checkpoints", "previews", "export", "journal", "cache"}
     assert disk["export"] == pytest.approx((16 * 1_200_000 * 2 + 1_000_000) / GIB)
