@@ -440,9 +440,12 @@ def test_a_run_with_every_saver_is_resumed_to_the_bit_and_gives_what_it_gives_wi
     # Tiles change the latents themselves, so both runs have them.
     _, plain = run_training(tiny_config(bases["flux1"], tmp_path, **sections, memory={"tile_pictures": True}))
     config = tiny_config(bases["flux1"], tmp_path, **sections, memory={**savers, "tile_pictures": True})
+    _, whole = run_training(config)
+    # A CPU's products round by where a weight begins, and a buffer begins its weights where a file does not.
+    assert whole.losses() == pytest.approx(plain.losses(), rel=1e-6)
     stopped, first = run_training(config, RecordingHost(at={2: [Command.STOP]}))
     _, second = run_training(config, run=stopped)
-    assert first.losses() + second.losses() == plain.losses()
+    assert first.losses() + second.losses() == whole.losses()
 
 
 def test_a_run_out_of_memory_offloads_and_swaps_at_last_and_a_resumed_one_does_so_at_once(
