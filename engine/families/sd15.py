@@ -199,7 +199,8 @@ class StableDiffusion(LoadedModel):
     def prompt_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of a prompt's encoding; all prompts have one length."""
         config: Any = self.denoiser.config
-        return {"prompt_embeds": (SPEC.token_limit, int(config.cross_attention_dim))}
+        width = int(config.cross_attention_dim)
+        return {"prompt_embeds": (int(self.identity.details["prompt_numbers"]) // width, width)}
 
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Run the UNet on noisy latents (B, C, h, w) at timesteps (B,); returns noise or velocity, by `identity`."""

@@ -230,11 +230,9 @@ class StableDiffusion3(LoadedModel):
     def prompt_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of a prompt's encoding; all prompts have one length."""
         config: Any = self.denoiser.config
-        tokens = own.CLIP_TOKENS + own.T5_TOKENS
-        return {
-            "prompt_embeds": (tokens, int(config.joint_attention_dim)),
-            "pooled": (int(config.pooled_projection_dim),),
-        }
+        width, pooled = int(config.joint_attention_dim), int(config.pooled_projection_dim)
+        tokens = (int(self.identity.details["prompt_numbers"]) - pooled) // width
+        return {"prompt_embeds": (tokens, width), "pooled": (pooled,)}
 
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Run the transformer on noisy latents (B, 16, h, w) at 1000 · sigma (B,); returns noise - latents."""

@@ -237,7 +237,9 @@ class StableDiffusionXL(LoadedModel):
         """Return the shapes of a prompt's encoding; all prompts have one length."""
         config: Any = self.denoiser.config
         pooled = int(config.projection_class_embeddings_input_dim) - 6 * int(config.addition_time_embed_dim)
-        return {"prompt_embeds": (SPEC.token_limit, int(config.cross_attention_dim)), "pooled": (pooled,)}
+        width = int(config.cross_attention_dim)
+        tokens = (int(self.identity.details["prompt_numbers"]) - pooled) // width
+        return {"prompt_embeds": (tokens, width), "pooled": (pooled,)}
 
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Run the UNet on noisy latents (B, C, h, w) at timesteps (B,); returns noise or velocity, by `identity`."""

@@ -37,16 +37,16 @@ def fused_kernels(kernels: Kernels = "card") -> Iterator[None]:
     """
     # Not a TorchFunctionMode: autograd runs checkpointed blocks once more without it.
     with _ONE_AT_A_TIME, FullMasks():
-        library = torch.library.Library("aten", "IMPL")
+        library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
         try:
             for name, kernel in _SUBSTITUTES[kernels].items():
-                library.impl(name, kernel, "AutogradMeta")
+                library.impl(name, kernel, "AutogradMeta")  # type: ignore[no-untyped-call]
             yield
         finally:
-            library._destroy()
+            library._destroy()  # type: ignore[no-untyped-call]
 
 
-class FullMasks(TorchDispatchMode):
+class FullMasks(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Answers what a model asks of a mask (B, tokens) on the meta device, which has no values.
 
     All of its tokens count; but where it asks whether something holds, as whether a mask may be left out, nothing does:
@@ -54,7 +54,7 @@ class FullMasks(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._lengths: Any = WeakTensorKeyDictionary()
 
     def __torch_dispatch__(
@@ -97,14 +97,16 @@ def _attend_on_card(
         missing = -width % _FLASH_ALIGNMENT
         padded = [functional.pad(part, (0, missing)) if missing else part for part in (query, key, value)]
         flash = torch.ops.aten._scaled_dot_product_flash_attention
-        return flash(*padded, dropout_p, is_causal, False, scale=scale)[0][..., :width]
+        whole: Tensor = flash(*padded, dropout_p, is_causal, False, scale=scale)[0]
+        return whole[..., :width]
     if enable_gqa:
         groups = query.shape[1] // key.shape[1]
         key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
     bias = None if attn_mask is None else _bias(attn_mask, query, key)
     wants_gradients = any(part.requires_grad for part in (query, key, value))
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-    return efficient(query, key, value, bias, wants_gradients, dropout_p, is_causal, scale=scale)[0]
+    result: Tensor = efficient(query, key, value, bias, wants_gradients, dropout_p, is_causal, scale=scale)[0]
+    return result
 
 
 def _bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -133,7 +135,8 @@ def _attend_on_processor(
     if attn_mask is not None and attn_mask.dtype is torch.bool:
         attn_mask = torch.where(attn_mask, 0.0, float("-inf")).to(query.dtype)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    result: Tensor = flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    return result
 
 
 def _rms_norm(
@@ -145,7 +148,8 @@ def _rms_norm(
 
 def _dropout(input: Tensor, p: float, train: bool) -> Tensor:
     # The card keeps a byte of mask a number; other devices, whose way the meta device goes, a number.
-    return torch.ops.aten.native_dropout(input, p, True)[0] if train and 0.0 < p < 1.0 else input.clone()
+    dropped: Tensor = torch.ops.aten.native_dropout(input, p, True)[0] if train and 0.0 < p < 1.0 else input.clone()
+    return dropped
 
 
 _SUBSTITUTES: Mapping[Kernels, Mapping[str, Callable[..., Tensor]]] = {

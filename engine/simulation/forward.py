@@ -23,4 +23,4 @@ def simulate_forward(
     with torch.no_grad(), fused_kernels(kernels), LiveBytes(device, kept) as tracker:
         result = call()
         del result
-        return tracker.peak / MIB
+        return float(tracker.peak) / MIB

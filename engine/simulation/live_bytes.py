@@ -18,7 +18,7 @@ BLOCK = 512
 _NO_KERNEL = ("empty", "new_empty", "_unsafe_view", "_local_scalar_dense", "lift", "resize_", "set_")
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages that operations make while the mode is on, until they are freed.
 
     Each new storage of an output on `device` counts with its size rounded up to 512 bytes. Views and results in place
@@ -27,7 +27,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device, free: Iterable[Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device_type = device.type
         self.live = 0
         self.peak = 0

@@ -124,7 +124,10 @@ def _gradients_apart(adapter: Adapter, tracker: LiveBytes) -> Iterator[None]:
         if parameter.grad is not None:
             tracker.set_aside(parameter.grad)
 
-    hooks = [parameter.register_post_accumulate_grad_hook(set_aside) for parameter in parameters]
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(set_aside)  # type: ignore[no-untyped-call]
+        for parameter in parameters
+    ]
     try:
         for parameter in parameters:
             parameter.grad = None

@@ -203,6 +203,13 @@ def test_prompts_are_encoded_without_a_batch_dimension_and_independently(family:
     assert any(not torch.equal(red[key], blue[key]) for key in red)
 
 
+def test_a_blank_prompt_has_the_shapes_of_an_encoded_one(family: Family) -> None:
+    (encoded,) = family.encode_prompts(["a red circle"])
+    blank = family.blank_prompt(len(encoded["prompt_embeds"]))
+    shapes = [{key: (value.shape, value.dtype) for key, value in item.items()} for item in (encoded, blank)]
+    assert shapes[0] == shapes[1]
+
+
 def test_a_prompt_beyond_the_token_limit_is_cut_and_not_an_error(family: Family) -> None:
     long, longer, short = family.encode_prompts(["red " * 600, "red " * 900, "red"])
     assert {key: value.shape for key, value in long.items()} == {key: value.shape for key, value in longer.items()}
