@@ -1,12 +1,12 @@
-"""The forecast against peaks that others have published: nothing is fitted to them.
+"""The forecast against peaks that others have published: no constant is fitted to them.
 
     python benchmarks/forecast_published.py [--only NAME …]
 
 The peaks are SimpleTuner's own sweep on an H100 with a base in bf16 and a LoRA in fp32 under autocast, which
 `autocast.Autocast` stands for (lorasmith computes without). Each forecast is weights + LoRA with its gradients and
-AdamW's state + what one step was counted to take on the meta device. The CUDA context is left out of `forecast`, since
-the published peaks are the allocator's: SD 1.5 with checkpointing, 1.98 GiB, is its weights and 0.38 GiB, which a
-context alone would take. `rms_with_context_percent` tells what 0.5 GiB more would make of the errors. Prints JSON.
+AdamW's state + what one step was counted to take on the meta device. No CUDA context is in `forecast`: the published
+peaks seem to be the allocator's (see README.md, which says that this was decided after seeing the errors).
+`rms_with_context_percent` is with 0.5 GiB for it, as first planned. Prints JSON.
 """
 
 from __future__ import annotations
