@@ -183,15 +183,8 @@ def build_plan(
     largest = max((s.bucket.width * s.bucket.height for s in buckets.samples), default=0) if buckets else 0
     sizes = _cache_sizes(config, buckets, identity)
     samples = len(buckets.samples) if buckets is not None else 0
-    known = Known(
-        spec=spec,
-        files=files,
-        pixels=largest or config.dataset.resolution**2,
-        num_parameters=parameters,
-        number_of_pictures=samples or USUAL_PICTURES,
-        keeps_text=sizes["num_prompts"] is None if samples else None,
-        calibration=calibration,
-    )
+    pixels, keeps_text = largest or config.dataset.resolution**2, sizes["num_prompts"] is None if samples else None
+    known = Known(spec, files, pixels, parameters, samples or USUAL_PICTURES, keeps_text, calibration)
     forecast, memory_note = forecast_run(config, known)
     output = Path(config.run.output_folder).expanduser()
     plan = Plan(
@@ -221,11 +214,12 @@ def build_plan(
         memory_note=memory_note,
         warnings=(),
     )
-    unsuited = base_contradictions(config, spec, identity) if spec is not None and identity is not None else []
-    if spec is not None and files is not None:
-        unsuited += memory.unfound_patterns(config.adapter, spec, files)
-    layouts = compatibility_problems(config, spec, identity) if spec is not None else []
-    guns = tell_foot_guns(config, spec, identity, dataset) if spec is not None else []
+    if spec is None:
+        return dataclasses.replace(plan, warnings=tuple(_warnings(config, plan, known_views=False)))
+    unsuited = base_contradictions(config, spec, identity) if identity is not None else []
+    unsuited += memory.unfound_patterns(config.adapter, spec, files) if files is not None else []
+    layouts = compatibility_problems(config, spec, identity)
+    guns = tell_foot_guns(config, spec, identity, dataset)
     said = _warnings(config, plan, known_views="steps-many" in {gun.key for gun in guns})
     return dataclasses.replace(plan, warnings=(*unsuited, *layouts, *said, *(gun.words for gun in guns)))
 

@@ -98,6 +98,7 @@ def test_every_engine_module_has_its_layer() -> None:
         "objectives",
         "optimizers",
         "quantization",
+        "rehearsal",
         "simulation",
     )
     packages = tuple(f"lorasmith.engine.{name}" for name in inner)

@@ -22,7 +22,6 @@ from lorasmith.engine.commands import Command
 from lorasmith.engine.compute import Compute, choose_compute, deterministic_kernels, engine_threads
 from lorasmith.engine.config import RunConfig, ScheduleSettings
 from lorasmith.engine.controls import Controls
-from lorasmith.engine.dataset.buckets import BucketPlan, View
 from lorasmith.engine.dataset.cache import EncodedPictures, LatentCache, TextCache, cache_latents, cache_prompts
 from lorasmith.engine.dataset.cache_size import PREVIEWS_AT_ONCE, pictures_at_once
 from lorasmith.engine.dataset.epochs import Epochs
@@ -41,6 +40,7 @@ from lorasmith.engine.memory_ladder import MemoryLadder
 from lorasmith.engine.not_finite import take_over
 from lorasmith.engine.out_of_memory import Phase, Rungs, is_out_of_memory
 from lorasmith.engine.preflight import require_ready
+from lorasmith.engine.rehearsal.largest import largest_material
 from lorasmith.engine.run_file import Layer, ResolvedConfig, resolve_config
 from lorasmith.engine.run_folder import RunFolder, create_run
 from lorasmith.engine.run_setup import FoundBase, Material, adapt, find_base, load_base, read_dataset, settle_denoiser
@@ -335,31 +335,3 @@ _WORDS: dict[Stage, str] = {
     "save": "Saving a checkpoint",
     "preview": "Drawing a preview",
 }
-
-
-def largest_material(material: Material, config: RunConfig) -> Material:
-    """Return the dataset with the pictures of the one size alone whose batches take most, as many as are needed.
-
-    Preview prompts are those that are drawn at once.
-    """
-    rows: dict[str, list[View]] = {}
-    for view in material.plan.views:
-        rows.setdefault(str(view.samples[0].bucket), []).append(view)
-
-    def pixels(views: list[View]) -> float:
-        bucket, uses = views[0].samples[0].bucket, sum(view.repeats for view in views)
-        return bucket.width * bucket.height * min(uses, config.train.batch_size)
-
-    views = max(rows.values(), key=pixels)
-    bucket = views[0].samples[0].bucket
-    wanted = max(config.train.batch_size, pictures_at_once(bucket.width * bucket.height))
-    chosen: list[View] = []
-    index = 0
-    for view in views[:wanted]:
-        samples = tuple(dataclasses.replace(each, index=index + place) for place, each in enumerate(view.samples))
-        index += len(samples)
-        chosen.append(dataclasses.replace(view, samples=samples))
-    plan = BucketPlan(tuple(sample for view in chosen for sample in view.samples), tuple(chosen))
-    side = config.previews.side or config.dataset.resolution
-    most = min(PREVIEWS_AT_ONCE, pictures_at_once(side * side))
-    return Material(material.dataset, plan, material.prompts[:most])
