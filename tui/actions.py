@@ -82,6 +82,7 @@ ACTIONS: tuple[UserAction, ...] = (
     UserAction(
         "queue", "review", "a", "add_to_queue", "Add to queue", "Have `lorasmith queue run` train it later.", True
     ),
+    UserAction("measure", "review", "m", "measure", "Measure", "Try each stage once: memory and time, measured.", True),
     UserAction("in-tmux", "review", "x", "in_tmux", "Start inside tmux", "Go on inside tmux, where SSH may drop."),
     UserAction("close", "tool", "escape", "close", "Back", "Go back; what was edited is kept.", True),
     UserAction("tool-help", "tool", "f1,question_mark", "help", "Help", "Explain this screen and list its keys.", True),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -14,8 +17,11 @@ if TYPE_CHECKING:
     from lorasmith.engine.fit import Fit, Room
     from lorasmith.engine.hardware import Gpu, HardwareSnapshot
     from lorasmith.engine.memory.forecast import Subject
+    from lorasmith.engine.memory.of_run import Known
     from lorasmith.tui.findings import FoundBase
 
+COUNTING_SECONDS = 600
+"""What counting a step may take at most; without it there is no forecast."""
 NO_GPU = "no NVIDIA GPU: this trains in main memory, on the processor"
 
 
@@ -55,11 +61,36 @@ def find_fit(question: CardQuestion, tell: Any) -> Fit | None:
 
     subject, _ = subject_of(question.config, question.base, question.number_of_pictures)
     if subject is None:
+        _count_step(question, tell)
+        subject, _ = subject_of(question.config, question.base, question.number_of_pictures)
+    if subject is None:
         return None
     try:
         return solve(subject, question.card.room, question.fixed)
     except ConfigError:
         return None
+
+
+def _count_step(question: CardQuestion, tell: Any) -> None:
+    """Have a step with this kind of adapter counted once, where that is all that lacks; in a process of its own.
+
+    It takes up to a minute of Python, which would hold up the screen.
+    """
+    from lorasmith.engine.memory.of_run import lacks_only_a_step
+
+    if not lacks_only_a_step(question.config, _known(question.config, question.base, question.number_of_pictures)):
+        return
+    tell("counting the memory of one step, once for this kind of adapter", 0, 0)
+    command = [sys.executable, "-m", "lorasmith.engine.simulation.on_the_fly"]
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        subprocess.run(  # noqa: S603
+            command,
+            input=question.config.model_dump_json().encode(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=COUNTING_SECONDS,
+            check=False,
+        )
 
 
 def card_of(
@@ -75,11 +106,16 @@ def card_of(
 
 def subject_of(config: RunConfig, base: FoundBase, number_of_pictures: int) -> tuple[Subject | None, str]:
     """Return what is to be forecast, or None and the reason why nothing can be."""
-    from lorasmith.engine.memory.of_run import Known, subject_of
+    from lorasmith.engine.memory.of_run import subject_of
+
+    return subject_of(config, _known(config, base, number_of_pictures))
+
+
+def _known(config: RunConfig, base: FoundBase, number_of_pictures: int) -> Known:
+    from lorasmith.engine.memory.of_run import Known
 
     side = max([config.dataset.resolution, *config.dataset.more_resolutions])
-    known = Known(base.family.SPEC, base.files, side**2, number_of_pictures=number_of_pictures)
-    return subject_of(config, known)
+    return Known(base.family.SPEC, base.files, side**2, number_of_pictures=number_of_pictures)
 
 
 def estimate(config: RunConfig, base: FoundBase, number_of_pictures: int, card: Card | None) -> Estimate:

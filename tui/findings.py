@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lorasmith.engine.errors import ConfigError, LorasmithError
 from lorasmith.tui.card import find_fit
 from lorasmith.tui.checks import Checked, find_checks
+from lorasmith.tui.measuring import Measuring
 from lorasmith.tui.prospects import Prospect, find_prospects
 from lorasmith.tui.run_jobs import FoundRun, find_runs, resume_session
 
@@ -287,6 +288,7 @@ class Probes:
     runs: Callable[..., list[FoundRun]] = find_runs
     resume: Callable[..., tuple[Any, Any]] = resume_session
     plan: Callable[..., Plan] = find_plan
+    measure: Callable[[str], Measuring] = Measuring
     fit: Callable[..., Fit | None] = find_fit
     prospects: Callable[..., list[Prospect]] = find_prospects
     unusable: Callable[..., dict[tuple[str, Any], str] | None] = find_unusable

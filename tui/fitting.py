@@ -9,6 +9,7 @@ from lorasmith.tui.card import Card, CardQuestion, Estimate, card_of, estimate
 from lorasmith.tui.findings import USUAL_PICTURES, Look
 
 if TYPE_CHECKING:
+    from lorasmith.engine.advisor import Advice
     from lorasmith.engine.fit import Fit
     from lorasmith.engine.foot_guns import Circumstances, FootGun
     from lorasmith.tui.known import Known
@@ -56,6 +57,16 @@ class Fitting:
         """Return the plan that fits, or the one before while another is searched for; None where there is none."""
         look = self.look()
         return None if look is None else cast("Fit | None", look.value if look.done else look.before)
+
+    def caution(self) -> list[Advice]:
+        """Return what is advised where a card is there and nothing could be forecast."""
+        look = self.look()
+        if look is None or not look.done:
+            return []
+        from lorasmith.engine.advisor import Advice
+
+        why = "The memory of this base model is not known, and this saves most of it for a third of the speed."
+        return [Advice("train.gradient_checkpointing", True, why, "A judgement", "fit")]
 
     def estimate(self) -> Estimate | None:
         """Return memory, time and money of the run as it stands; None while the machine or the base is not known."""

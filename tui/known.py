@@ -227,7 +227,7 @@ class Known:
         """Return what is recommended: the preset's values, and over them what makes the run fit the card."""
         fit = self.fitting.plan()
         if fit is None:
-            return self.preset_advice()
+            return [*self.preset_advice(), *self.fitting.caution()]
         from lorasmith.engine.fit import fit_advice
 
         fitted = {item.key: item for item in fit_advice(fit)}

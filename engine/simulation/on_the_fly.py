@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from lorasmith.engine.compute import DTYPES
 from lorasmith.engine.config import RunConfig
 from lorasmith.engine.errors import ConfigError
-from lorasmith.engine.families import BaseIdentity, FamilyModule
+from lorasmith.engine.families import BaseIdentity, FamilyModule, identify_base
 from lorasmith.engine.families._loading import skeletons
 from lorasmith.engine.memory.constants import StepMemory
 from lorasmith.engine.memory.simulated import cached_step_memory, step_key, store_step_memory
 from lorasmith.engine.simulation.measured_steps import StepCounter
 from lorasmith.engine.simulation.step import PROMPT_TOKENS
-from lorasmith.engine.sources import BaseFiles
+from lorasmith.engine.sources import BaseFiles, locate_configured
 
 
 def simulated_step_memory(
@@ -40,3 +42,15 @@ def simulated_step_memory(
         found = counter.step_memory(settings.adapter.targets)
         store_step_memory(key, found)
     return found
+
+
+def main() -> None:
+    """Count the step of the run whose settings come in as JSON, for a process that must not be held up by it."""
+    config = RunConfig.model_validate_json(sys.stdin.read())
+    files = locate_configured(config.base)
+    module, identity = identify_base(files, config.base.family)
+    simulated_step_memory(module, files, identity, config)
+
+
+if __name__ == "__main__":
+    main()

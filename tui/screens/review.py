@@ -22,6 +22,7 @@ from lorasmith.tui.draft import PAGES, state_folder
 from lorasmith.tui.edits import told_in_words
 from lorasmith.tui.fields import label_of
 from lorasmith.tui.forms import Status, told
+from lorasmith.tui.measuring import Measuring
 from lorasmith.tui.screens.page import WizardPage
 from lorasmith.tui.text import safe_str, safe_text
 from lorasmith.tui.while_open import while_open
@@ -47,11 +48,13 @@ class ReviewPage(WizardPage):
         super().__init__()
         self._waiting = False
         self._shown: list[Problem] | None = None
+        self._measuring: Measuring | None = None
 
     def compose_body(self) -> ComposeResult:
         """State, problems, command, run file."""
         yield Status(id="state")
         yield OptionList(id="problems", markup=False, compact=True)
+        yield Status(id="measured", classes="gap")
         yield Status(id="plan", classes="gap")
         yield Status(id="command", classes="gap")
         yield Static("", id="toml", classes="gap", markup=False)
@@ -60,6 +63,11 @@ class ReviewPage(WizardPage):
         """Copy and Start."""
         yield Button("Copy command (y)", id="copy", compact=True)
         yield Button("Start training", id="next", variant="success", compact=True)
+
+    def on_unmount(self) -> None:
+        """Stop a rehearsal that nobody waits for any more."""
+        if self._measuring is not None:
+            self._measuring.stop()
 
     def on_mount(self) -> None:
         """Look at what was skipped, and show everything."""
@@ -97,9 +105,11 @@ class ReviewPage(WizardPage):
             self.query_one("#toml", Static).update("The run file can be shown when the problems above are solved.")
             self.query_one("#command", Status).say("")
             self.query_one("#plan", Status).say("")
+            self.query_one("#measured", Status).say("")
             return
         from lorasmith.engine.run_file import to_toml
 
+        self._show_measured()
         self._show_plan(resolved)
         command = Text()
         command.append("The same without the wizard (y copies it)\n", "bold")
@@ -119,6 +129,35 @@ class ReviewPage(WizardPage):
         for label, words in look.value.rows():
             table.add_row(safe_text(f"! {label}" if label == "warning" else f"  {label}", "bold"), safe_text(words))
         shown.update(table)
+
+    def action_measure(self) -> None:
+        """Try each stage of the run once in another process, or stop that."""
+        running = self.wizard.known.looks.get("measure")
+        if running is not None and not running.done and self._measuring is not None:
+            self._measuring.stop()
+            return
+        resolved = self._resolved()
+        if resolved is None or self.wizard.known.problems() or self._pending():
+            self.hint("The run can be tried when everything was checked and nothing is left to solve.")
+            return
+        if path := self._write_run_file():
+            self._measuring = self.wizard.probes.measure(path)
+            self.wizard.known.looks.pop("measure", None)
+            self.wizard.known.look("measure", (resolved.config.model_dump_json(),), self._measuring.measure)
+            self._show_measured()
+
+    def _show_measured(self) -> None:
+        """Show how far the rehearsal is, or what it found for the settings as they stand."""
+        look, shown = self.wizard.known.looks.get("measure"), self.query_one("#measured", Status)
+        resolved = self._resolved()
+        if look is None or resolved is None or look.key != (resolved.config.model_dump_json(),):
+            shown.say("m tries each stage of this run once and measures memory and time.")
+        elif not look.done:
+            shown.say(f"Trying each stage once · {look.seconds} s · m stops it\n  {look.label}")
+        elif look.error is not None:
+            shown.say(told(look.error))
+        else:
+            shown.say("\n".join(["✓ Tried on this machine", *(f"  {line}" for line in look.value)]))
 
     def _resolved(self) -> ResolvedConfig | None:
         try:
