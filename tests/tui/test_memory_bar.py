@@ -18,10 +18,11 @@ def texts(view: MemoryView, width: int = 80, marks: object = BRAILLE) -> list[st
 
 @pytest.mark.parametrize("width", [40, 58, 80, 100])
 def test_the_bar_fills_its_row_and_says_its_figures(width: int) -> None:
-    bar, legend = texts(VIEW, width)
-    assert len(bar) <= width
+    bar, *legend = texts(VIEW, width)
+    assert all(len(row) <= width for row in (bar, *(row.rstrip() for row in legend)))
     assert "8.0 of 16.0 GiB free FITS" in bar
-    assert "weights 6.0" in legend
+    words = " ".join(legend)
+    assert all(name in words for name in ("weights 6.0", "LoRA 0.2", "activations 1.8"))
 
 
 def test_segments_are_as_long_as_their_share_and_none_is_lost() -> None:

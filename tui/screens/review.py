@@ -126,9 +126,20 @@ class ReviewPage(WizardPage):
             shown.say(told(look.error))
             return
         table = Table.grid(padding=(0, 2, 0, 0))
-        for label, words in look.value.rows():
+        for label, words in [*look.value.rows(), *self._fit_rows()]:
             table.add_row(safe_text(f"! {label}" if label == "warning" else f"  {label}", "bold"), safe_text(words))
         shown.update(table)
+
+    def _fit_rows(self) -> list[tuple[str, str]]:
+        """Say what was done to fit the card, how long the run takes, and what that costs."""
+        fitting = self.wizard.known.fitting
+        fit, estimate = fitting.plan(), fitting.estimate()
+        rows = [("to fit", switch.words) for switch in fit.switches] if fit is not None else []
+        if fit is not None and fit.nearest:
+            rows.append(("or", fit.nearest))
+        if estimate is not None:
+            rows += [("time" if index == 0 else "cost", words) for index, words in enumerate(estimate.words)]
+        return rows
 
     def action_measure(self) -> None:
         """Try each stage of the run once in another process, or stop that."""

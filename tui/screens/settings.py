@@ -78,9 +78,15 @@ class SettingsPage(WizardPage):
     def _goal_chosen(self, event: Choice.Changed) -> None:
         event.stop()
         self.wizard.draft.kept["goal"] = event.value
+        self._explain_goal(event.value)
         self.wizard.changed()
         for field in self.query(SettingField):
             field.show(self.wizard.draft.text(field.key, self.wizard.known.advice()))
+
+    def _explain_goal(self, goal: str) -> None:
+        from lorasmith.engine.advisor import goal_words
+
+        self.hint(f"It shall learn {goal_words(goal)}.")
 
     def compose_buttons(self) -> ComposeResult:
         """The toggle and Next."""
@@ -164,6 +170,8 @@ class SettingsPage(WizardPage):
         field = self._focused_field()
         if field is not None:
             self.hint(f"{label_of(field.key)}: {help_of(field.key)}")
+        elif isinstance(self.focused, Choice):
+            self._explain_goal(self.focused.value)
 
     def refresh_page(self) -> None:
         """Show each field's origin and reason, its warning or its problem, and what the run takes."""
@@ -184,7 +192,8 @@ class SettingsPage(WizardPage):
             reason = advised.why if advised is not None else ""
             field.tell(origin, reason, problems.get(key, ""), scales.get(key, ""), warnings.get(key, ""))
             field.source = source_text(advised) if advised is not None else ""
-        self.query_one(Forecast).show(known.fitting.estimate(), known.fitting.plan(), [gun.words for gun in guns])
+        told = [gun.words for gun in guns if gun.severity == "warning"]
+        self.query_one(Forecast).show(known.fitting.estimate(), known.fitting.plan(), told)
 
     def action_mend(self) -> None:
         """Make the change that the warning of the focused field, or else the first warning, proposes."""

@@ -33,9 +33,7 @@ class Forecast(Vertical):
         self.display = estimate is not None
         if estimate is None:
             return
-        bar = self.query_one(MemoryBar)
-        bar.show(estimate.view)
-        bar.styles.height = 2 if estimate.view.segments else 1
+        self.query_one(MemoryBar).show(estimate.view)
         self._say("time", "time ", estimate.words[0] if estimate.words else "")
         self._say("switches", "fit  ", switch_words(fit))
         more = f" (and {len(warnings) - 1} more; the review lists all)" if len(warnings) > 1 else ""

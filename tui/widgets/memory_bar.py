@@ -15,10 +15,11 @@ _VERDICT_ROLES = {"fits": "good", "tight": "high", "no": "critical"}
 _ROLES = ("bar", "good", "high", "strong", "dim", "critical")
 _SHADES = "█▓▒░·×"
 _LETTERS = "WLOArx"
+_INDENT = " " * len("VRAM ")
 
 
 def bar_rows(view: MemoryView, width: int, marks: GlyphSet) -> list[list[Part]]:
-    """Return the bar with its figures, and the legend, made for `width` cells."""
+    """Return the bar with its figures, and the legend in as many rows as it needs, made for `width` cells."""
     if not view.segments:
         return [[("VRAM ", "strong"), (view.note, "dim")]]
     patterns = _SHADES if marks.half_blocks else _LETTERS
@@ -28,10 +29,20 @@ def bar_rows(view: MemoryView, width: int, marks: GlyphSet) -> list[list[Part]]:
     room = max(8, width - len("VRAM ") - len(words) - len(verdict) - 1)
     bar = _bar(view, room, patterns, marks)
     first = [("VRAM ", "strong"), *bar, (words, ""), (verdict, _VERDICT_ROLES.get(view.verdict, ""))]
-    legend: list[Part] = [("     ", "")]
+    return [first, *_legend(view, width, patterns)]
+
+
+def _legend(view: MemoryView, width: int, patterns: str) -> list[list[Part]]:
+    rows: list[list[Part]] = []
+    room = 0
     for index, (name, gib) in enumerate(view.segments):
-        legend += [(patterns[index], _ROLES[index]), (f" {name} {gib:.1f}  ", "")]
-    return [first, legend]
+        words = f" {name} {gib:.1f}  "
+        if not rows or len(words) + 1 > room:
+            rows.append([(_INDENT, "")])
+            room = width - len(_INDENT)
+        rows[-1] += [(patterns[index], _ROLES[index]), (words, "")]
+        room -= len(words) + 1
+    return rows
 
 
 def _bar(view: MemoryView, room: int, patterns: str, marks: GlyphSet) -> list[Part]:
@@ -65,7 +76,7 @@ def _marked(parts: Sequence[Part], place: int, mark: str) -> list[Part]:
 
 
 class MemoryBar(Drawn):
-    """Two rows that are drawn again only when the forecast changed."""
+    """The bar and its legend, drawn again only when the forecast or the width changed."""
 
     DEFAULT_CSS = "MemoryBar { height: 2; width: 1fr; }"
 
@@ -78,13 +89,17 @@ class MemoryBar(Drawn):
         """Show `view`."""
         if view != self._view:
             self._view = view
-            self.draw_anew()
+            self._fit_rows()
 
     def on_resize(self) -> None:
         """Draw for the new width."""
+        self._fit_rows()
+
+    def _fit_rows(self) -> None:
+        self.styles.height = len(bar_rows(self._view, self.size.width or 80, glyphs()))
         self.draw_anew()
 
     def draw(self) -> list[Strip]:
-        """Return both rows."""
+        """Return the rows."""
         width = self.size.width
         return [self.paint(row, width) for row in bar_rows(self._view, width, glyphs())]
