@@ -19,10 +19,11 @@ from lorasmith.engine.sources import locate_base
 from lorasmith.tui.app import LorasmithApp
 from lorasmith.tui.draft import Draft
 from lorasmith.tui.findings import FoundBase, Probes
-from lorasmith.tui.widgets.forecast import Forecast
 from tests.sparse_base import build_sparse_base
 
 CHANGES = 50
+GOAL_MS = 50
+MODES = {"the important settings": False, "all settings open": True}
 FAMILY, NAME = "flux1", "dev"
 
 
@@ -31,14 +32,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = locate_base(str(build_sparse_base(Path(folder) / "base", FAMILY, NAME)))
         base = FoundBase(files, families()[FAMILY], identify_base(files)[1])
-        took = asyncio.run(_changes(base))
-    took.sort()
-    print(f"changes {len(took)}, median {statistics.median(took):.1f} ms, p90 {took[int(0.9 * len(took))]:.1f} ms")
-    print(f"largest {took[-1]:.1f} ms, goal 50 ms")
-    sys.exit(statistics.median(took) > 50)
+        found = {words: sorted(asyncio.run(_changes(base, every))) for words, every in MODES.items()}
+    for words, took in found.items():
+        middle, late = statistics.median(took), took[int(0.9 * len(took))]
+        print(f"{words}: {len(took)} changes, median {middle:.1f} ms, p90 {late:.1f} ms, goal {GOAL_MS} ms")
+    sys.exit(any(statistics.median(took) > GOAL_MS for took in found.values()))
 
 
-async def _changes(base: FoundBase) -> list[float]:
+async def _changes(base: FoundBase, every: bool) -> list[float]:
     gpu = Gpu("GPU-1", 0, "NVIDIA GeForce RTX 3060", 12.0, 11.6, (8, 6), "580", 0.0, 40.0, 30.0, ())
     machine = HardwareSnapshot((gpu,), "", (13, 0), Memory(32.0, 28.0), (Disk(Path("/"), 500.0, 400.0),), "CPU", 8)
     probes = Probes(hardware=lambda tell: machine, base=lambda *rest: base, unusable=lambda *rest: {})
@@ -51,12 +52,14 @@ async def _changes(base: FoundBase) -> list[float]:
         await pilot.pause(0.5)
         app.visit("settings")
         await pilot.pause(2.0)
+        if every:
+            await app.screen.run_action("toggle_all")
+            await pilot.pause(3.0)
         for number in range(CHANGES):
             begun = time.perf_counter()
             app.change("adapter.rank", str(8 + number))
-            app.screen.query_one(Forecast)
             took.append((time.perf_counter() - begun) * 1000)
-            await pilot.pause(0.05)
+            await pilot.pause(0.2)
     return took
 
 

@@ -15,7 +15,12 @@ from lorasmith.engine.families._loading import skeletons
 from lorasmith.engine.simulation.references import load_reference, reference_files
 from tests.tiny import TINY_BUILDERS
 
-_NAMES = {"torch.bfloat16": ("BF16", 2), "torch.float16": ("F16", 2), "torch.float32": ("F32", 4), "torch.int64": ("I64", 8)}
+_NAMES = {
+    "torch.bfloat16": ("BF16", 2),
+    "torch.float16": ("F16", 2),
+    "torch.float32": ("F32", 4),
+    "torch.int64": ("I64", 8),
+}
 
 
 def build_sparse_base(folder: Path, family: str, name: str) -> Path:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lorasmith.engine.families import BaseIdentity, FamilyModule
     from lorasmith.engine.fit import Fit
     from lorasmith.engine.hardware import HardwareSnapshot
+    from lorasmith.engine.memory.of_run import Stored
     from lorasmith.engine.plan import Plan
     from lorasmith.engine.run_file import ResolvedConfig
     from lorasmith.engine.sources import BaseFiles
@@ -53,6 +54,13 @@ class FoundBase:
     files: BaseFiles
     family: FamilyModule
     identity: BaseIdentity
+
+    @cached_property
+    def stored_weights(self) -> Stored:
+        """What the headers tell of the denoiser, read once."""
+        from lorasmith.engine.memory.of_run import stored_weights
+
+        return stored_weights(self.files)
 
 
 @dataclass(frozen=True)

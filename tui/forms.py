@@ -136,6 +136,7 @@ class SettingField(Vertical):
         self.source = ""
         self._text = text
         self._unusable: Mapping[str, str] = {}
+        self._told = ""
         self._note: Static = Static("", classes="note", markup=False)
 
     def compose(self) -> ComposeResult:
@@ -158,6 +159,9 @@ class SettingField(Vertical):
 
     def show(self, text: str) -> None:
         """Put `text` into the control without calling that a change."""
+        if text == self._text:
+            return
+        self._text = text
         control = self.control
         with self.prevent(Input.Changed, Choice.Changed):
             if isinstance(control, SafeInput | Choice):
@@ -165,6 +169,8 @@ class SettingField(Vertical):
 
     def forbid(self, unusable: Mapping[str, str]) -> None:
         """Pass over the words that this machine cannot use; the help says why."""
+        if unusable == self._unusable:
+            return
         control = self.control
         if isinstance(control, Choice):
             control.forbid(frozenset(unusable))
@@ -180,6 +186,9 @@ class SettingField(Vertical):
             note = safe_text(" · ".join(part for part in (fact, "* changed by you; r takes it back") if part))
         else:
             note = safe_text(" · ".join(part for part in (fact, origin, reason or self._bounds()) if part))
+        if note.plain == self._told:
+            return
+        self._told = note.plain
         self._note.set_class(bool(problem), "problem")
         self._note.update(note, layout=False)
 
@@ -199,11 +208,13 @@ class SettingField(Vertical):
     def on_input_changed(self, event: Input.Changed) -> None:
         """Pass a typed change on."""
         event.stop()
+        self._text = event.value
         self.post_message(self.Changed(self.key, event.value))
 
     def on_choice_changed(self, event: Choice.Changed) -> None:
         """Pass a choice on."""
         event.stop()
+        self._text = event.value
         self.post_message(self.Changed(self.key, event.value))
 
 

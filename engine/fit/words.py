@@ -123,7 +123,7 @@ def reason_words(verdict: str, forecast: Forecast, limits: Limits) -> str:
 
 
 def nearest_change(problem: Problem, found: Candidate, limits: Limits, margin: float, fixed: frozenset[str]) -> str:
-    """Return the nearest changes that would fit, joined by "or"; "" where none would."""
+    """Return the nearest changes that would fit, joined by "or"; where none of this machine would, a larger card."""
     needed = found.forecast.peak.total
     ways = []
     card = problem.card
@@ -138,6 +138,8 @@ def nearest_change(problem: Problem, found: Candidate, limits: Limits, margin: f
         ways.append(f"{gib(found.forecast.ram_gib)} of free main memory would do")
     if lacking == "disk":
         ways.append(f"free {gib(found.forecast.disk_gib - limits.disk_gib)} on the disk")
+    if not ways:
+        ways.append(f"a card with {gib(needed + margin)} free would do")
     return ", or ".join(ways)
 
 

@@ -24,10 +24,18 @@ _MEASURE = "`lorasmith plan --measure RUN.toml` tries each stage once and measur
 
 
 @dataclass(frozen=True)
+class Stored:
+    """The denoiser as its files hold it: how many numbers, and the format of most of them, such as `BF16`."""
+
+    numbers: int
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Known:
     """What is known of a run: None where it is not yet.
 
-    `pixels` are those of the largest bucket, `num_parameters` the adapter's, `keeps_text` whether there are too many
+    `stored` saves reading the headers again. `pixels` are those of the largest bucket, `num_parameters` the adapter's, `keeps_text` whether there are too many
     prompts to encode them beforehand.
     """
 
@@ -38,6 +46,15 @@ class Known:
     number_of_pictures: int = USUAL_PICTURES
     keeps_text: bool | None = None
     calibration: Calibration = UNKNOWN
+    stored: Stored | None = None
+
+
+def stored_weights(files: BaseFiles) -> Stored:
+    """Return what the headers of the denoiser's files tell."""
+    counts: dict[str, int] = {}
+    for info in denoiser_tensors(files).values():
+        counts[info.dtype] = counts.get(info.dtype, 0) + math.prod(info.shape)
+    return Stored(sum(counts.values()), max(counts, key=lambda dtype: counts[dtype], default=""))
 
 
 def forecast_run(config: RunConfig, known: Known) -> tuple[Forecast | None, str]:
@@ -53,8 +70,8 @@ def subject_of(config: RunConfig, known: Known) -> tuple[Subject | None, str]:
     """Return what is to be forecast, or None and the reason why nothing can be."""
     if known.spec is None or known.files is None:
         return None, "forecast once the base model is on this machine"
-    weights = sum(math.prod(info.shape) for info in denoiser_tensors(known.files).values())
-    model = find_memory(known.spec.name, weights)
+    stored = known.stored or stored_weights(known.files)
+    model = find_memory(known.spec.name, stored.numbers)
     if model is None:
         return None, f"not forecast: this base model is of another size than those that were counted; {_MEASURE}"
     subject = Subject(
@@ -68,7 +85,7 @@ def subject_of(config: RunConfig, known: Known) -> tuple[Subject | None, str]:
         runs=known.calibration.runs,
         keeps_text=known.keeps_text,
         training_adapter_bytes=_training_adapter_bytes(config),
-        mapped=_is_mapped(config, known.files),
+        mapped=_is_mapped(config, stored),
     )
     reason = can_forecast(subject)
     if reason:
@@ -82,17 +99,13 @@ def lacks_only_a_step(config: RunConfig, known: Known) -> bool:
     """Tell whether there would be a forecast if a step with this adapter were simulated, which can be done."""
     if known.spec is None or known.files is None or config.adapter.text_encoder:
         return False
-    weights = sum(math.prod(info.shape) for info in denoiser_tensors(known.files).values())
-    return find_memory(known.spec.name, weights) is not None and subject_of(config, known)[0] is None
+    stored = known.stored or stored_weights(known.files)
+    return find_memory(known.spec.name, stored.numbers) is not None and subject_of(config, known)[0] is None
 
 
-def _is_mapped(config: RunConfig, files: BaseFiles) -> bool:
+def _is_mapped(config: RunConfig, stored: Stored) -> bool:
     """Tell whether most weights have the format that is computed in; `auto` is bf16 on the cards of today."""
-    stored: dict[str, int] = {}
-    for info in denoiser_tensors(files).values():
-        stored[info.dtype] = stored.get(info.dtype, 0) + math.prod(info.shape)
-    wanted = {"fp32": "F32", "fp16": "F16"}.get(config.train.precision, "BF16")
-    return bool(stored) and max(stored, key=lambda dtype: stored[dtype]) == wanted
+    return stored.dtype == {"fp32": "F32", "fp16": "F16"}.get(config.train.precision, "BF16")
 
 
 def _training_adapter_bytes(config: RunConfig) -> int:

@@ -97,6 +97,7 @@ def test_the_document_has_everything(
         "disables_together": [],
         "optional": False,
         "crashed": False,
+        "speedup": 0.0,
         "seconds": 0.0,
         "blocking": True,
     }

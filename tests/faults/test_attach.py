@@ -63,6 +63,7 @@ def losses(run: RunFolder) -> list[float]:
     return [found[step] for step in sorted(found)]
 
 
+@pytest.mark.campaign
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(TMUX is None, reason="tmux is not installed")
 def test_a_run_whose_terminal_was_killed_is_parked_and_finished_from_another_tmux_session(

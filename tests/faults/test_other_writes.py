@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from lorasmith.engine.journal import Journal, replay
 from lorasmith.engine.run_folder import open_run
 from lorasmith.engine.run_summary import list_runs
@@ -210,6 +212,7 @@ def test_a_scan_cache_that_cannot_be_written_is_done_without(
     record(2, "scan cache: errors, short writes and kills", str(tally))
 
 
+@pytest.mark.campaign
 def test_an_export_is_the_old_file_or_the_proved_new_one(
     faults: FaultServer, tiny_sd15: Path, tmp_path: Path, campaign: bool, record: Record
 ) -> None:

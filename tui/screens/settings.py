@@ -183,9 +183,12 @@ class SettingsPage(WizardPage):
         warnings = {next(iter(gun.fix)): gun.words for gun in reversed(guns) if gun.fix and gun.severity == "warning"}
         scales = scale_words(known.check_config().adapter)
         unusable = known.unusable()
-        for field in self.query(SettingField):
+        # Not by a query: with all settings open that takes longer than all the rest.
+        for field in self.query_one("#fields").children:
+            if not isinstance(field, SettingField):
+                continue
             key, advised = field.key, advice.get(field.key)
-            field.forbid({str(value): why for (name, value), why in unusable.items() if name == key})
+            field.forbid({write_text(key, value): why for (name, value), why in unusable.items() if name == key})
             if not draft.changed(key):
                 field.show(write_text(key, merged[key][0]))
             origin = "wizard" if draft.changed(key) else merged[key][1]
