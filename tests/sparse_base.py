@@ -5,9 +5,11 @@ What reads headers alone (the wizard, `plan`, the forecast) takes it for the rea
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,14 @@ _NAMES = {
 }
 
 
-def build_sparse_base(folder: Path, family: str, name: str) -> Path:
-    """Write the reference model `[memory.NAME]` of a family as a diffusers folder; tokenizers are the tiny model's."""
+def build_sparse_base(folder: Path, family: str, name: str, changes: Mapping[str, Mapping[str, Any]] = {}) -> Path:
+    """Write the reference model `[memory.NAME]` of a family as a diffusers folder; tokenizers are the tiny model's.
+
+    `changes` are by part what its configuration has otherwise.
+    """
     files = reference_files(family, name)
+    configs = {part: {**config, **changes.get(part, {})} for part, config in files.configs.items()}
+    files = dataclasses.replace(files, configs=configs)
     loaded: Any = load_reference(family, files)
     tiny = folder.with_name(f"{folder.name}-tiny")
     TINY_BUILDERS[family](tiny)

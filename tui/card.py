@@ -72,15 +72,15 @@ def find_fit(question: CardQuestion, tell: Any) -> Fit | None:
 
 
 def _count_step(question: CardQuestion, tell: Any) -> None:
-    """Have a step with this kind of adapter counted once, where that is all that lacks; in a process of its own.
+    """Have the model or a step with this adapter counted once, where that is all that lacks; in a process of its own.
 
-    It takes up to a minute of Python, which would hold up the screen.
+    It takes up to some minutes of Python, which would hold up the screen.
     """
-    from lorasmith.engine.memory.of_run import lacks_only_a_step
+    from lorasmith.engine.memory.of_run import lacks_only_counting
 
-    if not lacks_only_a_step(question.config, _known(question.config, question.base, question.number_of_pictures)):
+    if not lacks_only_counting(question.config, _known(question.config, question.base, question.number_of_pictures)):
         return
-    tell("counting the memory of one step, once for this kind of adapter", 0, 0)
+    tell("counting the memory of one step, once for such a model and adapter", 0, 0)
     command = [sys.executable, "-m", "lorasmith.engine.simulation.on_the_fly"]
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         subprocess.run(  # noqa: S603

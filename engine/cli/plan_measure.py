@@ -51,20 +51,23 @@ def measured_here(config: RunConfig, identity: BaseIdentity | None) -> Calibrati
 
 
 def count_step(config: RunConfig, files: BaseFiles, identity: BaseIdentity) -> None:
-    """Have the memory of one step counted where nobody has done so with such an adapter; it is kept for the next time.
+    """Have the memory of one step counted where nobody has done so with such a model or adapter; it is kept.
 
     Whatever goes wrong there only means that there is no forecast.
     """
     from lorasmith.engine.families import families
-    from lorasmith.engine.memory.of_run import Known, lacks_only_a_step
+    from lorasmith.engine.memory.of_run import Known, lacks_only_counting
 
     module = families()[identity.family]
-    if not lacks_only_a_step(config, Known(module.SPEC, files, config.dataset.resolution**2)):
+    if not lacks_only_counting(config, Known(module.SPEC, files, config.dataset.resolution**2)):
         return
-    say("Counting the memory of one step with this kind of adapter, once; that can take some minutes.", to_stderr=True)
-    from lorasmith.engine.simulation import simulated_step_memory
+    say(
+        "Counting the memory of one step with such a model and adapter, once; that can take some minutes.",
+        to_stderr=True,
+    )
+    from lorasmith.engine.simulation import count_model
 
     try:
-        simulated_step_memory(module, files, identity, config)
+        count_model(module, files, identity, config)
     except Exception as error:
         say(f"It could not be counted: {error}", to_stderr=True)

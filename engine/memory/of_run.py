@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lorasmith.engine.memory.calibration import UNKNOWN, Calibration
 from lorasmith.engine.memory.constants import find_memory
 from lorasmith.engine.memory.forecast import Forecast, Subject, can_forecast, forecast
-from lorasmith.engine.memory.simulated import cached_step_memory, step_key
+from lorasmith.engine.memory.simulated import cached_model_memory, cached_step_memory, model_key, step_key
 from lorasmith.engine.memory.sizes import denoiser_tensors
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 USUAL_PICTURES = 20
 """Pictures of a dataset that is not known yet."""
+WORTH_COUNTING = 100_000_000
+"""A denoiser with fewer weights fits everywhere."""
 _MEASURE = "`lorasmith plan --measure RUN.toml` tries each stage once and measures it"
 
 
@@ -35,8 +37,8 @@ class Stored:
 class Known:
     """What is known of a run: None where it is not yet.
 
-    `stored` saves reading the headers again. `pixels` are those of the largest bucket, `num_parameters` the adapter's, `keeps_text` whether there are too many
-    prompts to encode them beforehand.
+    `pixels` are those of the largest bucket, `num_parameters` the adapter's, `keeps_text` whether there are too many
+    prompts to encode them beforehand. `stored` saves reading the headers again.
     """
 
     spec: FamilySpec | None
@@ -72,6 +74,8 @@ def subject_of(config: RunConfig, known: Known) -> tuple[Subject | None, str]:
         return None, "forecast once the base model is on this machine"
     stored = known.stored or stored_weights(known.files)
     model = find_memory(known.spec.name, stored.numbers)
+    if model is None and stored.numbers >= WORTH_COUNTING:
+        model = cached_model_memory(known.spec.name, model_key(known.spec.name, known.files))
     if model is None:
         return None, f"not forecast: this base model is of another size than those that were counted; {_MEASURE}"
     subject = Subject(
@@ -95,12 +99,12 @@ def subject_of(config: RunConfig, known: Known) -> tuple[Subject | None, str]:
     return (None, f"not forecast: {reason} {_MEASURE[0].upper()}{_MEASURE[1:]}.") if reason else (subject, "")
 
 
-def lacks_only_a_step(config: RunConfig, known: Known) -> bool:
-    """Tell whether there would be a forecast if a step with this adapter were simulated, which can be done."""
+def lacks_only_counting(config: RunConfig, known: Known) -> bool:
+    """Tell whether there would be a forecast if this model, or a step with this adapter, were counted."""
     if known.spec is None or known.files is None or config.adapter.text_encoder:
         return False
     stored = known.stored or stored_weights(known.files)
-    return find_memory(known.spec.name, stored.numbers) is not None and subject_of(config, known)[0] is None
+    return stored.numbers >= WORTH_COUNTING and subject_of(config, known)[0] is None
 
 
 def _is_mapped(config: RunConfig, stored: Stored) -> bool:

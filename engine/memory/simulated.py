@@ -10,10 +10,11 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from lorasmith.engine.memory.constants import Law, StepLaws, StepMemory, parse_step
+from lorasmith.engine.memory.constants import Law, ModelMemory, StepLaws, StepMemory, parse_memory, parse_step
 from lorasmith.engine.memory.sizes import denoiser_tensors
 from lorasmith.engine.storage import cache_folder
 
@@ -45,6 +46,26 @@ def step_key(family: str, files: BaseFiles, settings: RunConfig) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def model_key(family: str, files: BaseFiles) -> str:
+    """Return the name of a model that no preset has: its denoiser's layers and what else decides its memory."""
+    tensors = {name: list(info.shape) for name, info in denoiser_tensors(files).items()}
+    content = {"family": family, "denoiser": tensors, "versions": {name: _version(name) for name in _LIBRARIES}}
+    return "model-" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def cached_model_memory(family: str, key: str) -> ModelMemory | None:
+    """Return the model that was counted under a key; None where none was, or where the file is damaged."""
+    try:
+        return parse_memory(family, "counted", json.loads(_path(key).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def store_model_memory(key: str, table: Mapping[str, Any]) -> None:
+    """Keep a model's memory, as a `[memory.NAME]` table says it."""
+    _store(key, table)
+
+
 def cached_step_memory(key: str) -> StepMemory | None:
     """Return what was simulated under a key; None where nothing was, or where the file is damaged."""
     try:
@@ -56,11 +77,15 @@ def cached_step_memory(key: str) -> StepMemory | None:
 
 def store_step_memory(key: str, step: StepMemory) -> None:
     """Keep what was simulated; a full or read-only disk only means that it is simulated again."""
+    _store(key, step_table(step))
+
+
+def _store(key: str, table: Mapping[str, Any]) -> None:
     path = _path(key)
-    part = path.with_suffix(f".{id(step)}.part")
+    part = path.with_suffix(f".{id(table)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(step_table(step)), encoding="utf-8")
+        part.write_text(json.dumps(table), encoding="utf-8")
         part.replace(path)
     except OSError:
         with contextlib.suppress(OSError):

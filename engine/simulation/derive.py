@@ -16,7 +16,7 @@ from tomlkit.items import InlineTable, Item, Table
 
 from lorasmith.engine.advisor import read_preset
 from lorasmith.engine.errors import LorasmithError
-from lorasmith.engine.families import families
+from lorasmith.engine.families import Family, families
 from lorasmith.engine.memory.constants import BlockGroup, Law, PartMemory, StepLaws, StepMemory
 from lorasmith.engine.simulation.measured_parts import (
     autoencoder_part,
@@ -40,22 +40,24 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 def derive_model(family: str, name: str, table: Mapping[str, Any]) -> dict[str, Any]:
     """Return a `[memory.NAME]` table with everything derived anew of the configurations in it; takes minutes."""
     loaded = load_reference(family, from_table(name, table))
+    named = {"label": table["label"], "hub": table["hub"]}
+    return {**named, **derive_loaded(loaded, tuple(loaded.spec.targets)), "configs": table["configs"]}
+
+
+def derive_loaded(loaded: Family, presets: tuple[str, ...]) -> dict[str, Any]:
+    """Return what a `[memory.NAME]` table says of a model on the meta device, with the steps of these targets."""
     tokens = min(PROMPT_TOKENS, loaded.spec.token_limit)
     counter = StepCounter(loaded, tokens)
-    usual = next(iter(loaded.spec.targets))
     return {
-        "label": table["label"],
-        "hub": table["hub"],
-        "tflop": [round(number, 4) for number in tflop_of(loaded, run_config(usual), tokens)],
-        "kernels": list(counter.kernels(usual)),
+        "tflop": [round(number, 4) for number in tflop_of(loaded, run_config(presets[0]), tokens)],
+        "kernels": list(counter.kernels(presets[0])),
         "draw": _law(draw_law(loaded, tokens)),
         "inputs": _law(inputs_law(loaded, tokens)),
         "blocks": [_block(group) for group in blocks_of(loaded)],
         "denoiser": _part(sizes_of(loaded.denoiser)),
         "text": {part: _part(memory) for part, memory in text_parts(loaded).items()},
         "autoencoder": _part(autoencoder_part(loaded)),
-        "step": derive_steps(counter, tuple(loaded.spec.targets)),
-        "configs": table["configs"],
+        "step": derive_steps(counter, presets),
     }
 
 

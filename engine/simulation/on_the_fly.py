@@ -11,8 +11,17 @@ from lorasmith.engine.config import RunConfig
 from lorasmith.engine.errors import ConfigError
 from lorasmith.engine.families import BaseIdentity, FamilyModule, identify_base
 from lorasmith.engine.families._loading import skeletons
-from lorasmith.engine.memory.constants import StepMemory
-from lorasmith.engine.memory.simulated import cached_step_memory, step_key, store_step_memory
+from lorasmith.engine.memory.constants import StepMemory, find_memory
+from lorasmith.engine.memory.of_run import Known, stored_weights, subject_of
+from lorasmith.engine.memory.simulated import (
+    cached_model_memory,
+    cached_step_memory,
+    model_key,
+    step_key,
+    store_model_memory,
+    store_step_memory,
+)
+from lorasmith.engine.simulation.derive import derive_loaded
 from lorasmith.engine.simulation.measured_steps import StepCounter
 from lorasmith.engine.simulation.step import PROMPT_TOKENS
 from lorasmith.engine.sources import BaseFiles, locate_configured
@@ -44,12 +53,26 @@ def simulated_step_memory(
     return found
 
 
+def count_model(module: FamilyModule, files: BaseFiles, identity: BaseIdentity, settings: RunConfig) -> None:
+    """Count what is not known of a run's memory: its model where no preset has it, and its step; both are kept."""
+    if find_memory(identity.family, stored_weights(files).numbers) is None:
+        key = model_key(identity.family, files)
+        if cached_model_memory(identity.family, key) is None:
+            with skeletons():
+                family = module.load(files, identity, torch.device("meta"), torch.bfloat16)
+            named = {"label": identity.label, "hub": ""}
+            store_model_memory(key, {**named, **derive_loaded(family, (settings.adapter.targets,))})
+    known = Known(module.SPEC, files, settings.dataset.resolution**2)
+    if subject_of(settings, known)[0] is None:
+        simulated_step_memory(module, files, identity, settings)
+
+
 def main() -> None:
-    """Count the step of the run whose settings come in as JSON, for a process that must not be held up by it."""
+    """Count the memory of the run whose settings come in as JSON, for a process that must not be held up by it."""
     config = RunConfig.model_validate_json(sys.stdin.read())
     files = locate_configured(config.base)
     module, identity = identify_base(files, config.base.family)
-    simulated_step_memory(module, files, identity, config)
+    count_model(module, files, identity, config)
 
 
 if __name__ == "__main__":

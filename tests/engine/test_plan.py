@@ -371,10 +371,10 @@ def test_an_adapter_that_was_simulated_here_is_forecast(tmp_path: Path, tiny_sd1
     files = FullSize("folder", tiny_sd15, "x")
     spec = families()["sd15"].SPEC
     known = of_run.Known(spec, files, 512 * 512)
-    assert of_run.lacks_only_a_step(layers.config, known)
+    assert of_run.lacks_only_counting(layers.config, known)
     step = dataclasses.replace(small_unet().steps["attention"], per_rank=1000)
     store_step_memory(step_key("sd15", files, layers.config), step)
-    assert not of_run.lacks_only_a_step(layers.config, known)
+    assert not of_run.lacks_only_counting(layers.config, known)
     found, basis = of_run.forecast_run(layers.config, known)
     assert found is not None
     assert found.step.of("adapter") == pytest.approx(4 * 1000 * 4 / GIB)
