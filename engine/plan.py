@@ -24,6 +24,7 @@ from lorasmith.engine.disk_plan import plan_disk
 from lorasmith.engine.families import families
 from lorasmith.engine.foot_guns import tell_foot_guns
 from lorasmith.engine.holdout import split
+from lorasmith.engine.memory.blocks import block_problems
 from lorasmith.engine.memory.calibration import UNKNOWN, Calibration
 from lorasmith.engine.memory.forecast import Forecast
 from lorasmith.engine.memory.of_run import USUAL_PICTURES, Known, forecast_run
@@ -217,6 +218,7 @@ def build_plan(
     if spec is None:
         return dataclasses.replace(plan, warnings=tuple(_warnings(config, plan, known_views=False)))
     unsuited = base_contradictions(config, spec, identity) if identity is not None else []
+    unsuited += block_problems(config.memory, identity) if identity is not None else []
     unsuited += memory.unfound_patterns(config.adapter, spec, files) if files is not None else []
     layouts = compatibility_problems(config, spec, identity)
     guns = tell_foot_guns(config, spec, identity, dataset)

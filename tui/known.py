@@ -283,9 +283,12 @@ class Known:
         if self.base is None or self.draft.is_demo:
             return {}
         from lorasmith.engine.combinations import base_contradictions
+        from lorasmith.engine.memory.blocks import block_problems
         from lorasmith.tui.fields import settings
 
-        sentences = base_contradictions(self.check_config(), self.base.family.SPEC, self.base.identity)
+        config = self.check_config()
+        sentences = base_contradictions(config, self.base.family.SPEC, self.base.identity)
+        sentences += block_problems(config.memory, self.base.identity)
         keyed = [
             (next((key for key in settings() if text.startswith(f"{key} ")), "base.model"), text) for text in sentences
         ]
