@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,19 +23,39 @@ from textual.pilot import Pilot
 
 from lorasmith.engine.commands import Command
 from lorasmith.engine.events import Event, RunStarted, StepsDone
+from lorasmith.engine.families import families, identify_base
+from lorasmith.engine.hardware import Disk, Gpu, GpuProcess, HardwareSnapshot, Memory
 from lorasmith.engine.journal import replay
 from lorasmith.engine.run_file import parse_assignments
+from lorasmith.engine.sources import locate_base
 from lorasmith.presets import demo
 from lorasmith.tui.app import LorasmithApp
 from lorasmith.tui.draft import PAGES, Draft
+from lorasmith.tui.findings import FoundBase, Probes
 from lorasmith.tui.screens.monitor import MonitorScreen
 from lorasmith.tui.theme import THEME
 from lorasmith.tui.widgets.gallery import Gallery
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from tests.sparse_base import build_sparse_base  # noqa: E402
+
 SIZES = {"": (120, 36), "-80x24": (80, 24)}
-SMALL = ("dataset", "findings", "gallery", "settings", "review", "monitor", "monitor-finished")
+SMALL = ("dataset", "findings", "gallery", "settings", "review", "monitor", "monitor-finished", "card-settings")
 """The pictures that are also made for the smallest terminal."""
+CARD = HardwareSnapshot(
+    gpus=(
+        Gpu("GPU-1", 0, "NVIDIA GeForce RTX 3060", 12.0, 11.3, (8, 6), "580.95.05", 0.0, 41.0, 14.0,
+            (GpuProcess(2291, 0.5, "gnome-shell"),)),
+    ),
+    note="",
+    cuda_driver=(13, 0),
+    memory=Memory(32.0, 27.5),
+    disks=(Disk(Path("/home"), 930.0, 412.0),),
+    cpu="AMD Ryzen 7 5800X",
+    cores=16,
+)  # fmt: skip
+"""An example, for the pictures of what the wizard says of a card."""
 SHOWN_SHARE = 0.7
 """How much of the run the monitor has seen in its picture."""
 SHORT_RUN = ["train.steps=80", "previews.every=20", "schedule.warmup_steps=5"]
@@ -131,6 +152,7 @@ async def take_all(events: list[Event]) -> None:
     for suffix, size in SIZES.items():
         await take_pages(suffix, size)
         await take_dataset(suffix, size)
+        await take_card(suffix, size)
         await take_monitor("monitor", suffix, size, events[: last + 1])
         await take_monitor("monitor-finished", suffix, size, events)
 
@@ -181,6 +203,28 @@ async def take_dataset(suffix: str, size: tuple[int, int]) -> None:
             await pilot.pause(0.2)
             take(app, name, suffix)
             await pilot.press("escape")
+
+
+async def take_card(suffix: str, size: tuple[int, int]) -> None:
+    """Take what the pages say of a card of 12 GB, with the headers of a large base model whose weights are a hole."""
+    folder = Path("models")
+    if not folder.exists():
+        build_sparse_base(folder / "FLUX.1-dev", "flux1", "dev")
+    files = locate_base(str(folder / "FLUX.1-dev"))
+    base = FoundBase(files, families()["flux1"], identify_base(files)[1])
+    model = str(base.files.path)
+    draft = Draft(kept={"choice": "local", "local": model}, answers={"base.model": model})
+    app = LorasmithApp(draft, Probes(hardware=lambda tell: CARD, base=lambda *rest: base, unusable=lambda *rest: {}))
+    async with app.run_test(size=size) as pilot:
+        await pilot.pause(0.5)
+        await settle(pilot, app)
+        take(app, "card", suffix)
+        app.known.look_at_base()
+        await settle(pilot, app)
+        for page, name in (("base_model", "card-base"), ("settings", "card-settings")):
+            app.visit(page)
+            await settle(pilot, app)
+            take(app, name, suffix)
 
 
 async def take_monitor(name: str, suffix: str, size: tuple[int, int], events: list[Event]) -> None:

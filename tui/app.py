@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lorasmith.engine.run_file import ResolvedConfig
     from lorasmith.engine.run_folder import RunFolder
 
+CARD_AFTER_SECONDS = 0.1
 WARM_UP_AFTER_SECONDS = 0.8
 
 
@@ -106,6 +107,7 @@ class LorasmithApp(App[int]):
         if not fits(self.size.width, self.size.height):
             self.push_screen(TooSmall())
         self.known.look_at_hardware()
+        self.call_after_refresh(self.set_timer, CARD_AFTER_SECONDS, self.known.look_at_card)
         if self.offer is not None and os.environ.pop(CONTINUE, ""):
             self.draft, self.offer = self.offer[0], None
             self.visit(self.draft.page)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -76,6 +75,8 @@ def _count_step(question: CardQuestion, tell: Any) -> None:
 
     It takes up to some minutes of Python, which would hold up the screen.
     """
+    import subprocess
+
     from lorasmith.engine.memory.of_run import lacks_only_counting
 
     if not lacks_only_counting(question.config, _known(question.config, question.base, question.number_of_pictures)):

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from lorasmith.engine.errors import ConfigError, LorasmithError
 from lorasmith.tui.card import find_fit
 from lorasmith.tui.checks import Checked, find_checks
-from lorasmith.tui.measuring import Measuring
 from lorasmith.tui.prospects import Prospect, find_prospects
 from lorasmith.tui.run_jobs import FoundRun, find_runs, resume_session
 
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from lorasmith.engine.run_file import ResolvedConfig
     from lorasmith.engine.sources import BaseFiles
     from lorasmith.tui.draft import Draft
+    from lorasmith.tui.measuring import Measuring
 
 Tell = Callable[[str, int, int], None]
 """Called with what is being done, how much is done and how much there is (0: unknown)."""
@@ -258,6 +258,13 @@ def _vram_gib(hardware: HardwareSnapshot | None) -> float | None:
     return max((gpu.total_gib for gpu in gpus if gpu.total_gib is not None), default=None)
 
 
+def start_measuring(run_file: str) -> Measuring:
+    """Return the rehearsal of a run file, not begun yet."""
+    from lorasmith.tui.measuring import Measuring
+
+    return Measuring(run_file)
+
+
 def find_unusable(machine: HardwareSnapshot, try_now: bool, tell: Tell) -> dict[tuple[str, Any], str] | None:
     """Return the choices that do not work on this machine, each with its reason; None where nobody has tried yet.
 
@@ -296,7 +303,7 @@ class Probes:
     runs: Callable[..., list[FoundRun]] = find_runs
     resume: Callable[..., tuple[Any, Any]] = resume_session
     plan: Callable[..., Plan] = find_plan
-    measure: Callable[[str], Measuring] = Measuring
+    measure: Callable[[str], Measuring] = start_measuring
     fit: Callable[..., Fit | None] = find_fit
     prospects: Callable[..., list[Prospect]] = find_prospects
     unusable: Callable[..., dict[tuple[str, Any], str] | None] = find_unusable

@@ -34,6 +34,8 @@ class Known:
         # What is done to fit the card follows from the pictures, so finding them must not follow from that.
         self.unfitted = DraftSettings(draft, self.preset_advice)
         self.fitting = Fitting(self)
+        self.page_stands = False
+        """Whether the first page was painted, before which nothing heavy is imported."""
         self._scan_again = False
 
     @property
@@ -65,6 +67,12 @@ class Known:
     def look_at_hardware(self) -> Look:
         """Look at the machine."""
         return self.look("hardware", (), self.probes.hardware)
+
+    def look_at_card(self) -> None:
+        """Work out what the machine can train, and what does not work on it; imports much of the engine."""
+        self.page_stands = True
+        self.look_at_prospects()
+        self.look_at_doctor()
 
     def look_at_prospects(self) -> Look | None:
         """Work out what the card can train; None without a card."""
@@ -124,9 +132,8 @@ class Known:
         """Take the looks that the end of the look `name` makes possible."""
         if name == "dataset" and self._scan_again:
             self.look_again()
-        if name == "hardware":
-            self.look_at_prospects()
-            self.look_at_doctor()
+        if name == "hardware" and self.page_stands:
+            self.look_at_card()
         download = self.current("download") if name == "download" else None
         if download is not None and download.value == "":
             self.look_at_base(again=True)

@@ -137,3 +137,22 @@ async def test_a_setting_that_the_base_cannot_use_keeps_the_run_from_starting(ma
         (problem,) = [item for item in app.known.problems() if item.key == "objective.timestep_sampling"]
         assert "set it to auto" in problem.message
         assert problem.page == "settings"
+
+
+async def test_coming_back_to_the_page_keeps_what_was_recognized(make_app: MakeApp) -> None:
+    asked: list[str] = []
+
+    def base(model: str, *rest: Any) -> Any:
+        asked.append(model)
+        return a_base(model)
+
+    draft = Draft(kept={"choice": "local", "local": "/models/x"}, answers={"base.model": "/models/x"})
+    app = make_app(draft, base=base)
+    async with app.run_test(size=(80, 24)) as pilot:
+        app.known.look_at_base()
+        await settle(pilot)
+        await go_to(pilot, "settings")
+        await go_to(pilot, "base_model")
+        assert app.known.base is not None
+        assert "Base /models/x" in screen_text(app)
+    assert asked == ["/models/x"]

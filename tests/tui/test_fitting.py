@@ -15,7 +15,7 @@ from lorasmith.engine.families import families, identify_base
 from lorasmith.engine.fit import Fit
 from lorasmith.engine.hardware import Disk, Gpu, GpuProcess, HardwareSnapshot, Memory
 from lorasmith.engine.sources import locate_base
-from lorasmith.tui.app import LorasmithApp
+from lorasmith.tui.app import CARD_AFTER_SECONDS, LorasmithApp
 from lorasmith.tui.draft import PAGES, Draft
 from lorasmith.tui.findings import FoundBase
 from lorasmith.tui.forms import SettingField, field_id
@@ -59,6 +59,7 @@ async def look(pilot: Pilot[Any], page: str) -> None:
     app = pilot.app
     assert isinstance(app, LorasmithApp)
     await settle(pilot)
+    app.known.look_at_card()
     app.known.look_at_base()
     await settle(pilot)
     await go_to(pilot, page)
@@ -72,6 +73,7 @@ async def test_the_first_page_says_what_the_card_can_train_and_who_holds_it(
     app = app_on(12)
     async with app.run_test(size=size) as pilot:
         await settle(pilot)
+        await pilot.pause(2 * CARD_AFTER_SECONDS)
         await settle(pilot)
         shown = " ".join(screen_text(app).split())
         assert "12 GB class" in shown
@@ -83,6 +85,7 @@ async def test_the_first_page_says_what_the_card_can_train_and_who_holds_it(
 async def test_each_usual_model_says_whether_it_fits_with_memory_and_time(app_on: MakeApp) -> None:
     app = app_on(12)
     async with app.run_test(size=(120, 36)) as pilot:
+        await pilot.pause(2 * CARD_AFTER_SECONDS)
         await settle(pilot)
         app.draft.kept["choice"] = "hub"
         await go_to(pilot, "base_model")

@@ -129,7 +129,9 @@ class BaseModelPage(WizardPage):
 
     @on(OptionList.OptionHighlighted, "#choice")
     def _choice_moved(self, event: OptionList.OptionHighlighted) -> None:
-        name = list(CHOICES)[event.option_index]
+        # What is highlighted now: the list tells its first line too while the page is made.
+        now = self.query_one("#choice", OptionList).highlighted
+        name = list(CHOICES)[event.option_index if now is None else now]
         if name == self.chosen:
             return
         kept = self.wizard.draft.kept

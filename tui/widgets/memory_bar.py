@@ -12,7 +12,7 @@ from lorasmith.tui.widgets.line import Drawn, Part, glyphs
 
 VERDICT_WORDS = {"fits": "FITS", "tight": "TIGHT", "no": "DOES NOT FIT"}
 _VERDICT_ROLES = {"fits": "good", "tight": "high", "no": "critical"}
-_ROLES = ("bar", "good", "high", "strong", "dim", "critical")
+_ROLES = ("bar", "good", "high", "strong", "dim", "bar")
 _SHADES = "█▓▒░·×"
 _LETTERS = "WLOArx"
 _INDENT = " " * len("VRAM ")
