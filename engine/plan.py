@@ -187,7 +187,6 @@ def build_plan(
     pixels, keeps_text = largest or config.dataset.resolution**2, sizes["num_prompts"] is None if samples else None
     known = Known(spec, files, pixels, parameters, samples or USUAL_PICTURES, keeps_text, calibration)
     forecast, memory_note = forecast_run(config, known)
-    output = Path(config.run.output_folder).expanduser()
     plan = Plan(
         name=config.run.name,
         base=identity.label if identity is not None else (config.base.model or "not chosen"),
@@ -207,7 +206,7 @@ def build_plan(
         else {},
         num_checkpoints=_num_checkpoints(config),
         num_previews=_num_previews(config),
-        disk_free_bytes=storage.free_bytes(output),
+        disk_free_bytes=storage.free_bytes(output := Path(config.run.output_folder).expanduser()),
         output_folder=str(output),
         weights_bytes=memory.weights_bytes(files) if files is not None else {},
         forecast=forecast,

@@ -134,7 +134,8 @@ class SettingField(Vertical):
         super().__init__(id=field_id(key))
         self.key = key
         self.source = ""
-        self._text = text
+        self._shown = text
+        self._control = self._make_control()
         self._unusable: Mapping[str, str] = {}
         self._told = ""
         self._note: Static = Static("", classes="note", markup=False)
@@ -143,37 +144,38 @@ class SettingField(Vertical):
         """Label, control and note."""
         with Horizontal(classes="row"):
             yield Static(label_of(self.key), classes="label", markup=False)
-            yield self._control()
+            yield self._control
         yield self._note
 
-    def _control(self) -> Widget:
+    def _make_control(self) -> SafeInput | Choice:
         kind = kind_of(self.key)
         if kind in ("switch", "choice"):
-            return Choice(choices_of(self.key), self._text)
-        return SafeInput(self._text, numeric=kind in ("whole", "number"), placeholder=bounds_of(self.key))
+            return Choice(choices_of(self.key), self._shown)
+        return SafeInput(self._shown, numeric=kind in ("whole", "number"), placeholder=bounds_of(self.key))
 
     @property
-    def control(self) -> Widget:
+    def control(self) -> SafeInput | Choice:
         """The widget that takes the focus."""
-        return self.query(".row > SafeInput, .row > Choice").first(Widget)
+        return self._control
 
     def show(self, text: str) -> None:
         """Put `text` into the control without calling that a change."""
-        if text == self._text:
-            return
-        self._text = text
-        control = self.control
-        with self.prevent(Input.Changed, Choice.Changed):
-            if isinstance(control, SafeInput | Choice):
-                control.value = text
+        self._shown = text
+        if self._control.value != text:
+            with self.prevent(Input.Changed, Choice.Changed):
+                self._control.value = text
+
+    def follow(self, text: str) -> None:
+        """Show another recommended value, unless something was typed that nobody has taken yet."""
+        if text != self._shown and self._control.value == self._shown:
+            self.show(text)
 
     def forbid(self, unusable: Mapping[str, str]) -> None:
         """Pass over the words that this machine cannot use; the help says why."""
         if unusable == self._unusable:
             return
-        control = self.control
-        if isinstance(control, Choice):
-            control.forbid(frozenset(unusable))
+        if isinstance(self._control, Choice):
+            self._control.forbid(frozenset(unusable))
         self._unusable = unusable
 
     def tell(self, origin: str, reason: str, problem: str, fact: str = "", warning: str = "") -> None:
@@ -208,13 +210,11 @@ class SettingField(Vertical):
     def on_input_changed(self, event: Input.Changed) -> None:
         """Pass a typed change on."""
         event.stop()
-        self._text = event.value
         self.post_message(self.Changed(self.key, event.value))
 
     def on_choice_changed(self, event: Choice.Changed) -> None:
         """Pass a choice on."""
         event.stop()
-        self._text = event.value
         self.post_message(self.Changed(self.key, event.value))
 
 

@@ -111,3 +111,16 @@ async def test_a_warning_is_told_with_a_mark_and_a_problem_comes_first() -> None
         app.field.tell("wizard", "", "Must be less than 1.", "", "Ten times the usual rate.")
         await pilot.pause()
         assert "✗ Must be less than 1." in _shown(app)
+
+
+async def test_a_recommendation_that_comes_late_never_replaces_what_is_being_typed() -> None:
+    app = Form("train.steps", "320")
+    async with app.run_test(size=(80, 24)):
+        app.field.follow("400")
+        assert app.field.control.value == "400"
+        # Typed, and not yet told to anybody.
+        app.field.control.value = "24"
+        app.field.follow("500")
+        assert app.field.control.value == "24"
+        app.field.show("500")
+        assert app.field.control.value == "500"

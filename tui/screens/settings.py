@@ -190,7 +190,7 @@ class SettingsPage(WizardPage):
             key, advised = field.key, advice.get(field.key)
             field.forbid({write_text(key, value): why for (name, value), why in unusable.items() if name == key})
             if not draft.changed(key):
-                field.show(write_text(key, merged[key][0]))
+                field.follow(write_text(key, merged[key][0]))
             origin = "wizard" if draft.changed(key) else merged[key][1]
             reason = advised.why if advised is not None else ""
             field.tell(origin, reason, problems.get(key, ""), scales.get(key, ""), warnings.get(key, ""))
