@@ -135,7 +135,7 @@ class SettingField(Vertical):
         self.key = key
         self.source = ""
         self._shown = text
-        self._control = self._make_control()
+        self._control: SafeInput | Choice | None = None
         self._unusable: Mapping[str, str] = {}
         self._told = ""
         self._note: Static = Static("", classes="note", markup=False)
@@ -144,6 +144,7 @@ class SettingField(Vertical):
         """Label, control and note."""
         with Horizontal(classes="row"):
             yield Static(label_of(self.key), classes="label", markup=False)
+            self._control = self._make_control()
             yield self._control
         yield self._note
 
@@ -155,24 +156,25 @@ class SettingField(Vertical):
 
     @property
     def control(self) -> SafeInput | Choice:
-        """The widget that takes the focus."""
+        """The widget that takes the focus; there is none before the field is composed."""
+        assert self._control is not None
         return self._control
 
     def show(self, text: str) -> None:
         """Put `text` into the control without calling that a change."""
         self._shown = text
-        if self._control.value != text:
+        if self._control is not None and self._control.value != text:
             with self.prevent(Input.Changed, Choice.Changed):
                 self._control.value = text
 
     def follow(self, text: str) -> None:
         """Show another recommended value, unless something was typed that nobody has taken yet."""
-        if text != self._shown and self._control.value == self._shown:
+        if text != self._shown and (self._control is None or self._control.value == self._shown):
             self.show(text)
 
     def forbid(self, unusable: Mapping[str, str]) -> None:
         """Pass over the words that this machine cannot use; the help says why."""
-        if unusable == self._unusable:
+        if unusable == self._unusable or self._control is None:
             return
         if isinstance(self._control, Choice):
             self._control.forbid(frozenset(unusable))
