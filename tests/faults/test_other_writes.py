@@ -66,6 +66,7 @@ def told_in_words(outcome: Outcome, folder: Path) -> None:
     assert str(folder) in outcome.text
 
 
+@pytest.mark.campaign
 def test_a_run_folder_is_made_whole_or_not_at_all(
     faults: FaultServer, tmp_path: Path, campaign: bool, record: Record
 ) -> None:
@@ -193,6 +194,7 @@ def test_a_cache_that_cannot_be_written_never_ends_a_run(
     record(2, "cache of latents and prompts: errors, short writes and kills", str(tally))
 
 
+@pytest.mark.campaign
 def test_a_scan_cache_that_cannot_be_written_is_done_without(
     faults: FaultServer, tmp_path: Path, campaign: bool, record: Record
 ) -> None:

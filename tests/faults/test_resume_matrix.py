@@ -73,7 +73,7 @@ def test_any_two_values_of_two_settings_meet_in_some_configuration() -> None:
         assert all(row[name] in values for name, values in FACTORS.items())
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", sampled(OPTIMIZERS, ("adamw", "adamw8bit", "prodigy")))
 def test_cut_runs_equal_uncut_ones(
     optimizer: str, campaign: bool, record: Record, tiny_sd15: Path, tmp_path: Path
 ) -> None:

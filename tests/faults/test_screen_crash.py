@@ -15,7 +15,7 @@ from tests.faults.screen_crashes import CRASHES
 from tests.faults.test_signals import require_given_back
 from tests.tui.terminal_program import TerminalProgram
 
-SAMPLE = ("key", "render_line", "writer-memory", "fold-and-words")
+SAMPLE = ("key", "fold-and-words")
 Crash = Callable[..., HostedRun]
 
 

@@ -288,6 +288,7 @@ def program(base: Path, folder: Path, *how: str, group: Path | None = None) -> t
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.campaign
 def test_a_process_that_the_memory_killer_ended_is_told_about_and_goes_on(
     tiny_sd15: Path, tmp_path: Path, group: Path, real_system: None, record: Record
 ) -> None:
