@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 COUNTING_SECONDS = 600
 """What counting a step may take at most; without it there is no forecast."""
-NO_GPU = "no NVIDIA GPU: this trains in main memory, on the processor"
+NO_GPU = "no NVIDIA GPU: it trains on the processor"
 
 
 @dataclass(frozen=True)
