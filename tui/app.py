@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lorasmith.engine.run_file import ResolvedConfig
     from lorasmith.engine.run_folder import RunFolder
 
-CARD_AFTER_SECONDS = 0.1
+CARD_AFTER_SECONDS = 0.4
 WARM_UP_AFTER_SECONDS = 0.8
 
 
