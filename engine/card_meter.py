@@ -17,7 +17,6 @@ import psutil
 import torch
 
 from lorasmith.engine import hardware
-from lorasmith.engine.memory.calibration import CardKey
 from lorasmith.engine.memory.card_parts import CONTEXT_GIB
 from lorasmith.engine.nvml import Gpu
 
@@ -130,8 +129,3 @@ class ProcessMeter:
 def meter_of(device: torch.device) -> CardMeter | ProcessMeter:
     """Return what measures `device`."""
     return ProcessMeter() if device.type == "cpu" else CardMeter(device)
-
-
-def card_key(gpu: Gpu, family: str) -> CardKey:
-    """Return what measurements on a card hold for."""
-    return CardKey(gpu.name, gpu.driver or "", family)

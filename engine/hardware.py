@@ -31,6 +31,7 @@ __all__ = [
     "Sampler",
     "TorchBuild",
     "gauges",
+    "gpu_for",
     "read_memory",
     "resolve_device",
     "snapshot",
@@ -220,9 +221,25 @@ def _respect_visible(setting: str, visible: str) -> str:
     )
 
 
+def gpu_for(gpus: tuple[Gpu, ...], setting: str) -> Gpu | None:
+    """Return the GPU that a run with this `train.device` would take, as `resolve_device` does; None for the CPU."""
+    if setting == "cpu" or not gpus:
+        return None
+    if setting not in ("auto", "cuda"):
+        return _gpu_in_use(gpus, setting)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return _freest(gpus)
+    return None if visible.strip() in ("", "-1") else _gpu_in_use(gpus, setting)
+
+
+def _freest(gpus: tuple[Gpu, ...]) -> Gpu:
+    return max(gpus, key=lambda gpu: (gpu.free_gib or 0.0, -gpu.index))
+
+
 def _take_freest(setting: str, reading: GpuReading) -> str:
     if reading.gpus:
-        _show_only(max(reading.gpus, key=lambda gpu: (gpu.free_gib or 0.0, -gpu.index)).uuid)
+        _show_only(_freest(reading.gpus).uuid)
         return "cuda"
     # A container may have the GPU without its management library, so its device file decides.
     if setting == "cuda" or any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/dxg")):

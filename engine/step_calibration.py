@@ -10,12 +10,12 @@ import logging
 from dataclasses import dataclass
 from typing import Protocol
 
-from lorasmith.engine.card_meter import CardMeter, card_key
+from lorasmith.engine.card_meter import CardMeter
 from lorasmith.engine.config import RunConfig
 from lorasmith.engine.dataset.epochs import Epochs
 from lorasmith.engine.learner import Learner
 from lorasmith.engine.memory import find_memory
-from lorasmith.engine.memory.calibration import record
+from lorasmith.engine.memory.calibration import card_key, record
 from lorasmith.engine.memory.forecast import Subject, can_forecast, forecast
 from lorasmith.engine.nvml import Gpu
 from lorasmith.engine.step_time import card_speed, step_seconds

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 COUNTING_SECONDS = 600
 """What counting a step may take at most; without it there is no forecast."""
 NO_GPU = "no NVIDIA GPU: it trains on the processor"
+NOT_READ = "not known: the memory of this card cannot be read"
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,10 @@ def card_of(
     snapshot: HardwareSnapshot, device: str, family: str, unusable: Mapping[tuple[str, Any], str]
 ) -> Card | None:
     """Return the card that `train.device` means, with what is free; None without a GPU that tells its memory."""
-    from lorasmith.engine.fit.machine import gpu_of, room_of
+    from lorasmith.engine.fit.machine import room_of
+    from lorasmith.engine.hardware import gpu_for
 
-    gpu = gpu_of(snapshot.gpus, device)
+    gpu = gpu_for(snapshot.gpus, device)
     room = None if gpu is None else room_of(snapshot, gpu, family, frozenset(unusable))
     return None if gpu is None or room is None else Card(gpu, room)
 
@@ -121,7 +123,9 @@ def _known(config: RunConfig, base: FoundBase, number_of_pictures: int) -> Known
     )
 
 
-def estimate(config: RunConfig, base: FoundBase, number_of_pictures: int, card: Card | None) -> Estimate:
+def estimate(
+    config: RunConfig, base: FoundBase, number_of_pictures: int, machine: HardwareSnapshot, card: Card | None
+) -> Estimate:
     """Return memory, time and money of a run as it is set; takes a few milliseconds."""
     from lorasmith.engine.costs import run_costs
     from lorasmith.engine.fit import judge
@@ -129,7 +133,8 @@ def estimate(config: RunConfig, base: FoundBase, number_of_pictures: int, card: 
     from lorasmith.engine.step_time import step_seconds
 
     if card is None:
-        return Estimate(MemoryView(note=NO_GPU))
+        on_processor = config.train.device == "cpu" or not machine.gpus
+        return Estimate(MemoryView(note=NO_GPU if on_processor else NOT_READ))
     subject, reason = subject_of(config, base, number_of_pictures)
     if subject is None:
         return Estimate(MemoryView(note=reason))

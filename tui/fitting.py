@@ -76,7 +76,7 @@ class Fitting:
         config, card = self._known.check_config(), self.card()
         key = (id(config), id(card), id(base), self._pictures())
         if self._estimates is None or self._estimates[0] != key:
-            self._estimates = (key, estimate(config, base, self._pictures(), card))
+            self._estimates = (key, estimate(config, base, self._pictures(), look.value, card))
         return self._estimates[1]
 
     def foot_guns(self) -> list[FootGun]:

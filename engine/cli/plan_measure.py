@@ -43,11 +43,10 @@ def show_measure(resolved: ResolvedConfig, *, as_json: bool) -> None:
 def measured_here(config: RunConfig, identity: BaseIdentity | None) -> Calibration:
     """Return what earlier runs of this family have measured on the card that the run will have."""
     from lorasmith.engine import hardware
-    from lorasmith.engine.fit.machine import gpu_of
-    from lorasmith.engine.memory.calibration import UNKNOWN, CardKey, read
+    from lorasmith.engine.memory.calibration import UNKNOWN, card_key, read
 
-    gpu = gpu_of(hardware.snapshot().gpus, config.train.device) if identity is not None else None
-    return UNKNOWN if gpu is None or identity is None else read(CardKey(gpu.name, gpu.driver or "", identity.family))
+    gpu = hardware.gpu_for(hardware.snapshot().gpus, config.train.device) if identity is not None else None
+    return UNKNOWN if gpu is None or identity is None else read(card_key(gpu, identity.family))
 
 
 def count_step(config: RunConfig, files: BaseFiles, identity: BaseIdentity) -> None:

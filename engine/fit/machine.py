@@ -11,7 +11,7 @@ from lorasmith.engine.errors import BaseModelError, HardwareError
 from lorasmith.engine.families import families, identify_base
 from lorasmith.engine.fit import Room
 from lorasmith.engine.memory import ModelMemory, adapted_layers, model_memories, num_parameters, of_run
-from lorasmith.engine.memory.calibration import CardKey, read
+from lorasmith.engine.memory.calibration import card_key, read
 from lorasmith.engine.memory.forecast import Subject
 from lorasmith.engine.memory.of_run import USUAL_PICTURES, Known
 from lorasmith.engine.sources import BaseFiles, is_hub_id, locate_configured, on_hub
@@ -48,7 +48,7 @@ def room_here(config: RunConfig, family: str) -> Room:
     """Return what is free here for a run of `family`; raises HardwareError without an NVIDIA card."""
     output = Path(config.run.output_folder).expanduser()
     here = hardware.snapshot([output])
-    gpu = gpu_of(here.gpus, config.train.device)
+    gpu = hardware.gpu_for(here.gpus, config.train.device)
     room = None if gpu is None else room_of(here, gpu, family)
     if room is None:
         raise HardwareError(
@@ -68,20 +68,19 @@ def room_of(
     """
     if gpu.free_gib is None:
         return None
-    memory, seconds = _calibration(gpu, family)
+    measured = read(card_key(gpu, family))
     disk = here.disks[0].free_gib if here.disks and here.disks[0].free_gib is not None else 0.0
-    card = card_speed(gpu.name, gpu.compute_capability)
     checks = remembered_checks(here)
-    broken = frozenset(unusable_choices(checks)) if unusable is None else unusable
-    return Room(gpu.free_gib, here.memory.available_gib, disk, card, memory, seconds, broken, fast_products(checks))
-
-
-def gpu_of(gpus: tuple[Gpu, ...], device: str) -> Gpu | None:
-    """Return the GPU that `train.device` means: by its UUID, else the one with most free memory; None for the CPU."""
-    if device == "cpu" or not gpus:
-        return None
-    named = [gpu for gpu in gpus if gpu.uuid.lower() == device.lower()]
-    return named[0] if named else max(gpus, key=lambda gpu: gpu.free_gib or 0.0)
+    return Room(
+        vram_gib=gpu.free_gib,
+        ram_gib=here.memory.available_gib,
+        disk_gib=disk,
+        card=card_speed(gpu.name, gpu.compute_capability),
+        memory_calibration=measured.memory,
+        seconds_calibration=measured.seconds,
+        unusable=frozenset(unusable_choices(checks)) if unusable is None else unusable,
+        fast_products=fast_products(checks),
+    )
 
 
 def _files(config: RunConfig) -> BaseFiles | None:
@@ -108,9 +107,3 @@ def _by_name(name: str) -> tuple[FamilySpec, ModelMemory]:
         why="It is not on this machine yet, and none of those whose memory was derived.",
         fix="Fetch the base model first, or try `lorasmith plan --all` for the usual ones.",
     )
-
-
-def _calibration(gpu: Gpu, family: str) -> tuple[float, float]:
-    """Return measured over forecast memory and seconds on this card; 1 where nothing was measured."""
-    found = read(CardKey(gpu.name, gpu.driver or "", family))
-    return found.memory, found.seconds

@@ -13,10 +13,13 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine.errors import StorageError
 from lorasmith.engine.storage import atomic_write, cache_folder
+
+if TYPE_CHECKING:
+    from lorasmith.engine.nvml import Gpu
 
 _KEPT = 8
 """Runs that count, the newest ones: an update of torch or of lorasmith changes what is measured."""
@@ -36,6 +39,11 @@ class CardKey:
     def __str__(self) -> str:
         """Return the key's text in the file."""
         return " | ".join((self.card, self.driver, self.family))
+
+
+def card_key(gpu: Gpu, family: str) -> CardKey:
+    """Return what measurements on a card hold for."""
+    return CardKey(gpu.name, gpu.driver or "", family)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorasmith.engine.adapters import Adapter
-from lorasmith.engine.card_meter import CardMeter, ProcessMeter, card_key, meter_of
+from lorasmith.engine.card_meter import CardMeter, ProcessMeter, meter_of
 from lorasmith.engine.checkpoints import newest_checkpoint
 from lorasmith.engine.commands import Command
 from lorasmith.engine.compute import Compute, choose_compute, deterministic_kernels, engine_threads
@@ -32,7 +32,7 @@ from lorasmith.engine.families import Conditioning, Family
 from lorasmith.engine.finishing import draw
 from lorasmith.engine.hardware import resolve_device
 from lorasmith.engine.learner import Learner, build_learner
-from lorasmith.engine.memory.calibration import record
+from lorasmith.engine.memory.calibration import card_key, record
 from lorasmith.engine.memory.forecast import Forecast, Stage
 from lorasmith.engine.memory.measured import Rehearsal, RehearsalProgress, StageMeasure, estimate_total, measure_words
 from lorasmith.engine.memory.of_run import Known, subject_of

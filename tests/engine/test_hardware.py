@@ -387,3 +387,24 @@ def test_memory_of_version_1_control_groups_is_understood(tmp_path: Path) -> Non
 def test_without_control_groups_memory_is_the_machines(tmp_path: Path) -> None:
     memory = read_memory(tmp_path, tmp_path / "none")
     assert (memory.total_gib, memory.limited) == (psutil.virtual_memory().total / GIB, False)
+
+
+def test_the_card_that_is_planned_for_is_the_one_that_a_run_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def card(index: int, free: float) -> nvml.Gpu:
+        return nvml.Gpu(f"GPU-{index}", index, "A card", 24.0, free, (8, 9), "580", None, None, None, ())
+
+    full, free = card(0, 4.0), card(1, 20.0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert hardware.gpu_for((full, free), "auto") == free
+    assert hardware.gpu_for((full, free), "gpu-0") == full
+    assert hardware.gpu_for((full, free), "cpu") is None
+    assert hardware.gpu_for((), "auto") is None
+    # A slice, or a card of another machine: not the freest one instead.
+    assert hardware.gpu_for((full, free), "MIG-1") is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert hardware.gpu_for((full, free), "auto") == full
+    assert hardware.gpu_for((full, free), "cuda") == full
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert hardware.gpu_for((full, free), "auto") is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert hardware.gpu_for((full, free), "auto") is None

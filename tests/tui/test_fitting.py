@@ -218,3 +218,12 @@ async def test_a_card_whose_memory_changed_gives_another_plan(app_on: MakeApp) -
     assert plans[1] is not None
     assert plans[1].forecast.peak.total < plans[0].forecast.peak.total
     assert replace(plans[1], switches=()) != replace(plans[0], switches=())
+
+
+async def test_a_slice_of_a_card_is_not_taken_for_the_whole_or_for_none(app_on: MakeApp) -> None:
+    app = app_on(24)
+    async with app.run_test(size=(80, 24)) as pilot:
+        app.draft.put("train.device", "MIG-5c89852c-d268-c3f3-1b07-005d5ae1dc3f")
+        await look(pilot, "settings")
+        assert app.known.fitting.plan() is None
+        assert "the memory of this card cannot be read" in " ".join(screen_text(app).split())
