@@ -164,6 +164,22 @@ def locate_configured(settings: BaseSettings, on_progress: OnProgress | None = N
     return dataclasses.replace(files, vae_file=vae, encoder_files=encoders)
 
 
+def locate_here(settings: BaseSettings) -> BaseFiles | None:
+    """Find the base model of a run where it is on this machine; None where it would be downloaded or none is named.
+
+    Raises as `locate_base`.
+    """
+    name = settings.model.strip()
+    if is_hub_id(name):
+        from lorasmith.engine.hub import cached_folder
+
+        folder = cached_folder(name, settings.revision)
+        return None if folder is None else BaseFiles("folder", folder, name)
+    if not name or any(on_hub(part) for part in (name, settings.vae, *settings.text_encoders)):
+        return None
+    return locate_configured(settings)
+
+
 def _part_file(name: str, setting: str, on_progress: OnProgress | None) -> Path:
     path = Path(name).expanduser()
     if hub_file(name):

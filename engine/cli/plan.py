@@ -72,22 +72,10 @@ def plan(
 def local_base(settings: BaseSettings) -> tuple[BaseFiles | None, BaseIdentity | None]:
     """Locate and recognize the base model, if it is on this machine: nothing is downloaded."""
     from lorasmith.engine.families import identify_base
-    from lorasmith.engine.sources import BaseFiles, is_hub_id, locate_configured, on_hub
+    from lorasmith.engine.sources import locate_here
 
-    if not settings.model:
-        return None, None
-    if is_hub_id(settings.model):
-        from lorasmith.engine.hub import cached_folder
-
-        folder = cached_folder(settings.model.strip(), settings.revision)
-        if folder is None:
-            return None, None
-        files = BaseFiles("folder", folder, settings.model)
-    elif any(on_hub(name) for name in (settings.model, settings.vae, *settings.text_encoders)):
-        return None, None
-    else:
-        files = locate_configured(settings)
-    return files, identify_base(files, settings.family)[1]
+    files = locate_here(settings)
+    return files, None if files is None else identify_base(files, settings.family)[1]
 
 
 def _dataset(settings: DatasetSettings) -> Dataset | None:

@@ -14,7 +14,7 @@ from lorasmith.engine.memory import ModelMemory, adapted_layers, model_memories,
 from lorasmith.engine.memory.calibration import card_key, read
 from lorasmith.engine.memory.forecast import Subject
 from lorasmith.engine.memory.of_run import USUAL_PICTURES, Known
-from lorasmith.engine.sources import BaseFiles, is_hub_id, locate_configured, on_hub
+from lorasmith.engine.sources import locate_here
 from lorasmith.engine.step_time import card_speed
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def subject_of(config: RunConfig, number_of_pictures: int = USUAL_PICTURES) -> S
     Raises BaseModelError where it is not known, or its memory was not derived.
     """
     side = max([config.dataset.resolution, *config.dataset.more_resolutions])
-    files = _files(config)
+    files = locate_here(config.base)
     if files is None:
         spec, model = _by_name(config.base.model.strip())
         return Subject(config, spec, model, side**2 / 1e6, number_of_pictures=number_of_pictures)
@@ -53,7 +53,7 @@ def room_here(config: RunConfig, family: str) -> Room:
     if room is None:
         raise HardwareError(
             "There is no card whose memory can be read.",
-            why=here.note or "train.device is cpu.",
+            why=here.note or f"train.device is {config.train.device}, or CUDA_VISIBLE_DEVICES hides the cards.",
             fix="`lorasmith plan --all` tells what fits on which card.",
         )
     return room
@@ -81,19 +81,6 @@ def room_of(
         unusable=frozenset(unusable_choices(checks)) if unusable is None else unusable,
         fast_products=fast_products(checks),
     )
-
-
-def _files(config: RunConfig) -> BaseFiles | None:
-    """Return the base model's files, where they are on this machine: nothing is downloaded."""
-    settings, name = config.base, config.base.model.strip()
-    if is_hub_id(name):
-        from lorasmith.engine.hub import cached_folder
-
-        folder = cached_folder(name, settings.revision)
-        return None if folder is None else BaseFiles("folder", folder, name)
-    if not name or any(on_hub(part) for part in (name, settings.vae, *settings.text_encoders)):
-        return None
-    return locate_configured(settings)
 
 
 def _by_name(name: str) -> tuple[FamilySpec, ModelMemory]:

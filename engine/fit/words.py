@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
 _FREED_BY_LEVERS = ("memory.quantize", "memory.swapped_blocks", "train.gradient_checkpointing", "train.batch_size")
 _SMALLEST_SIDE = 256
 _NOTHING_GIB = 0.05
-_RANDOM_GAIN = -0.05
-"""Less time than without a switch, by so little, is an accident of rounding blocks and shares."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ def _pulled(plan: Levers, problem: Problem) -> Iterator[tuple[str, Levers, str]]
         yield FIELDS["matmul"], replace(plan, matmul=False), f"multiplying in {plan.quantize}"
     if plan.swapped:
         # Swapped blocks are checkpointed: that is another lever's saving.
-        share = max(plan.checkpointed, math.ceil(8 * plan.swapped / blocks) / 8)
+        share = max(plan.checkpointed, min(1.0, plan.swapped / blocks))
         yield FIELDS["swapped"], replace(plan, swapped=0, checkpointed=share), f"block swap {plan.swapped}"
     if plan.offload:
         yield FIELDS["offload"], replace(plan, offload=False), "activations in main memory"
@@ -101,7 +98,7 @@ def _saved(amount: float) -> str:
 
 
 def _slower(share: float) -> str:
-    if _RANDOM_GAIN < share < 0.005:
+    if abs(share) < 0.005:
         return "no time"
     return f"{100 * share:+.0f} % time".replace("-", "−")
 

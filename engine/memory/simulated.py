@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from lorasmith.engine.errors import StorageError
 from lorasmith.engine.memory.constants import Law, ModelMemory, StepLaws, StepMemory, parse_memory, parse_step
 from lorasmith.engine.memory.sizes import denoiser_tensors
-from lorasmith.engine.storage import cache_folder
+from lorasmith.engine.storage import atomic_write, cache_folder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,14 +83,9 @@ def store_step_memory(key: str, step: StepMemory) -> None:
 
 def _store(key: str, table: Mapping[str, Any]) -> None:
     path = _path(key)
-    part = path.with_suffix(f".{id(table)}.part")
-    try:
+    with contextlib.suppress(OSError, StorageError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(table), encoding="utf-8")
-        part.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        atomic_write(path, json.dumps(table).encode())
 
 
 def step_table(step: StepMemory) -> dict[str, Any]:

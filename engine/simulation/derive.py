@@ -30,6 +30,7 @@ from lorasmith.engine.simulation.measured_parts import (
 from lorasmith.engine.simulation.measured_steps import StepCounter, run_config
 from lorasmith.engine.simulation.references import from_table, load_reference
 from lorasmith.engine.simulation.step import PROMPT_TOKENS
+from lorasmith.engine.storage import atomic_write
 
 COMMAND = "make derive-memory"
 HEADER = "# What full-size models take in memory"
@@ -82,9 +83,7 @@ def write_preset(path: Path, models: Mapping[str, Mapping[str, Any]]) -> None:
         memory.add(name, _as_table(model))
     document.add("memory", memory)
     text = f"{above.rstrip()}\n\n{_comment()}\n{tomlkit.dumps(document).strip()}\n"
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    atomic_write(path, text.encode())
 
 
 def main(wanted: list[str]) -> int:
