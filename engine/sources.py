@@ -5,20 +5,21 @@ Weights are read as safetensors only. A pickle can run code when it is opened, s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorasmith.engine.errors import BaseModelError, HubError
+from lorasmith.engine.errors import BaseModelError, HubError, StorageError
 from lorasmith.engine.safetensors_header import PICKLE_FIX, PICKLE_SUFFIXES, refuse_format
 from lorasmith.engine.safetensors_header import TensorInfo as TensorInfo
 from lorasmith.engine.safetensors_header import read_header as read_header
+from lorasmith.engine.storage import atomic_write, cache_folder
 
 if TYPE_CHECKING:
     from lorasmith.engine.config import BaseSettings
@@ -331,7 +332,7 @@ def _entries(folder: Path) -> Iterator[Path]:
 def _file_hash(path: Path) -> str:
     status = path.stat()
     key = hashlib.sha256(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode()).hexdigest()
-    memo = _memo_folder() / key
+    memo = cache_folder() / "hashes" / key
     try:
         known = memo.read_text(encoding="ascii")
         if re.fullmatch(r"[0-9a-f]{64}", known):
@@ -344,19 +345,8 @@ def _file_hash(path: Path) -> str:
     return digest
 
 
-def _memo_folder() -> Path:
-    import platformdirs
-
-    cache = os.environ.get("LORASMITH_CACHE") or platformdirs.user_cache_dir("lorasmith")
-    return Path(cache) / "hashes"
-
-
 def _remember(memo: Path, digest: str) -> None:
     # A memory that cannot be written costs time only.
-    try:
+    with contextlib.suppress(OSError, StorageError):
         memo.parent.mkdir(parents=True, exist_ok=True)
-        part = memo.with_suffix(f".{os.getpid()}")
-        part.write_text(digest, encoding="ascii")
-        part.replace(memo)
-    except OSError:
-        pass
+        atomic_write(memo, digest.encode())
