@@ -5,9 +5,7 @@ Base, HD and Flash; a diffusers folder, or the original file with or without the
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorasmith.engine.errors import ExportError
@@ -209,15 +207,14 @@ class Chroma(FluxModel):
         mask = conditioning.get("prompt_mask")
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(tokens.shape[:2])], dim=1)
-        with _mask_while_checkpointing(self.denoiser, mask):
-            velocity = self.denoiser(
-                hidden_states=tokens,
-                timestep=timesteps.to(self.device) / 1000,
-                encoder_hidden_states=conditioning["prompt_embeds"],
-                attention_mask=mask,
-                return_dict=False,
-                **self.positions(height, width, conditioning["prompt_embeds"].shape[1]),
-            )[0]
+        velocity = self.denoiser(
+            hidden_states=tokens,
+            timestep=timesteps.to(self.device) / 1000,
+            encoder_hidden_states=conditioning["prompt_embeds"],
+            attention_mask=mask,
+            return_dict=False,
+            **self.positions(height, width, conditioning["prompt_embeds"].shape[1]),
+        )[0]
         return self.unpacked(velocity, height, width)
 
     def draw_latents(
@@ -258,25 +255,3 @@ def _whole_mask(batch: Conditioning) -> torch.Tensor:
     embeds = batch["prompt_embeds"]
     mask = batch.get("prompt_mask")
     return torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device) if mask is None else mask
-
-
-@contextlib.contextmanager
-def _mask_while_checkpointing(transformer: Any, mask: torch.Tensor | None) -> Iterator[None]:
-    """Give single blocks their mask where diffusers' gradient checkpointing leaves it out.
-
-    ChromaTransformer2DModel.forward passes them three values, and the mask of double blocks as the fifth. The mask is
-    bound to the call, since the blocks run once more in the backward pass, when other batches may have come between.
-    """
-    if mask is None or not transformer.gradient_checkpointing:
-        yield
-        return
-    usual = transformer._gradient_checkpointing_func
-
-    def with_mask(block: Any, *values: Any) -> Any:
-        return usual(partial(block, attention_mask=mask) if len(values) == 3 else block, *values)
-
-    transformer._gradient_checkpointing_func = with_mask
-    try:
-        yield
-    finally:
-        transformer._gradient_checkpointing_func = usual
