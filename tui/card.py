@@ -118,9 +118,7 @@ def _known(config: RunConfig, base: FoundBase, number_of_pictures: int) -> Known
     from lorasmith.engine.memory.of_run import Known
 
     side = max([config.dataset.resolution, *config.dataset.more_resolutions])
-    return Known(
-        base.family.SPEC, base.files, side**2, number_of_pictures=number_of_pictures, stored=base.stored_weights
-    )
+    return Known(base.family.SPEC, base.files, side**2, number_of_pictures=number_of_pictures, stored=base.stored)
 
 
 def estimate(

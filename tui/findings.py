@@ -54,13 +54,8 @@ class FoundBase:
     files: BaseFiles
     family: FamilyModule
     identity: BaseIdentity
-
-    @cached_property
-    def stored_weights(self) -> Stored:
-        """What the headers tell of the denoiser, read once."""
-        from lorasmith.engine.memory.of_run import stored_weights
-
-        return stored_weights(self.files)
+    stored: Stored | None = None
+    """The denoiser as the headers tell it; None: they are read when they are needed."""
 
 
 @dataclass(frozen=True)
@@ -157,12 +152,13 @@ def find_base(
     """Locate and recognise a base model and the parts given apart; raises BaseModelError or HubError."""
     from lorasmith.engine.config import BaseSettings
     from lorasmith.engine.families import identify_base
+    from lorasmith.engine.memory.of_run import stored_weights
     from lorasmith.engine.sources import locate_configured
 
     settings = BaseSettings(model=model, revision=revision, vae=vae, text_encoders=list(text_encoders))
     files = locate_configured(settings, tell)
     module, identity = identify_base(files, family)
-    return FoundBase(files, module, identity)
+    return FoundBase(files, module, identity, stored_weights(files))
 
 
 def find_dataset(settings: DatasetSettings, tell: Tell) -> FoundDataset:

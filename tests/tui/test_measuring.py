@@ -35,14 +35,24 @@ class Tried:
         self.may_end.set()
 
 
-async def test_a_run_is_tried_with_one_key_and_its_figures_are_shown(make_app: MakeApp) -> None:
-    made: list[Tried] = []
+@pytest.fixture
+def made() -> list[Tried]:
+    """The rehearsals that were begun."""
+    return []
+
+
+@pytest.fixture
+def app(make_app: MakeApp, made: list[Tried]) -> LorasmithApp:
+    """A wizard whose rehearsals only wait."""
 
     def measure(path: str) -> Any:
         made.append(Tried(path))
         return made[-1]
 
-    app = make_app(measure=measure)
+    return make_app(measure=measure)
+
+
+async def test_a_run_is_tried_with_one_key_and_its_figures_are_shown(app: LorasmithApp, made: list[Tried]) -> None:
     async with app.run_test(size=(120, 36)) as pilot:
         await go_to(pilot, "review")
         await settle(pilot)
@@ -58,14 +68,7 @@ async def test_a_run_is_tried_with_one_key_and_its_figures_are_shown(make_app: M
         assert "6.10 GiB (forecast 6.0)" in shown
 
 
-async def test_the_same_key_stops_it(make_app: MakeApp) -> None:
-    made: list[Tried] = []
-
-    def measure(path: str) -> Any:
-        made.append(Tried(path))
-        return made[-1]
-
-    app = make_app(measure=measure)
+async def test_the_same_key_stops_it(app: LorasmithApp, made: list[Tried]) -> None:
     async with app.run_test(size=(120, 36)) as pilot:
         await go_to(pilot, "review")
         await settle(pilot)
